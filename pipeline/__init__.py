@@ -1,0 +1,1 @@
+"""What at least two processes need; imports neither torch nor numpy."""

@@ -1,0 +1,37 @@
+"""Adapters of source `local`: folders below an allow-listed root."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+CONFIG_FILE = "adapter_config.json"
+MAX_ID_CHARACTERS = 512
+
+
+def find_local(roots: Sequence[Path], adapter_id: str) -> Path | None:
+    """The folder of a local adapter, or None when no root holds it.
+
+    Only what lies below a root after every symbolic link and `..` is resolved counts, so that an
+    id cannot lead out of it. The roots are resolved paths; the first that has the adapter wins.
+    """
+    if not adapter_id or len(adapter_id) > MAX_ID_CHARACTERS or not adapter_id.isprintable():
+        return None
+    for root in roots:
+        try:
+            folder = (root / adapter_id).resolve()
+            inside = folder != root and folder.is_relative_to(root)
+            if inside and (folder / CONFIG_FILE).is_file():
+                return folder
+        except (OSError, ValueError):  # too long a name, a loop of links, no permission
+            continue
+    return None
+
+
+def list_local(roots: Sequence[Path]) -> Iterator[str]:
+    """The ids of the adapters that lie directly below a root, sorted, each once."""
+    ids = set()
+    for root in roots:
+        try:
+            ids.update(entry.name for entry in root.iterdir())
+        except OSError:
+            continue
+    return (name for name in sorted(ids) if find_local(roots, name) is not None)

@@ -1,0 +1,209 @@
+"""All settings: one frozen struct, read from flags, the environment and loradex.toml.
+
+A flag wins over LORADEX_NAME in the environment, that over the file, that over the default. The
+file is loradex.toml in the working folder, or the one that LORADEX_CONFIG names. A key that does
+not exist, or a value of the wrong kind, is a ConfigError with one sentence.
+"""
+
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from pipeline.errors import ConfigError
+
+PREFIX = "LORADEX_"
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
+EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Every setting with its default. The descriptions are what `loradex serve --help` shows."""
+
+    host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="TCP port to listen on")] = 8080
+    model_id: Annotated[
+        str, Meta(min_length=1, description="base model: a hub repository or a folder")
+    ] = DEFAULT_MODEL
+    model_revision: Annotated[str, Meta(description="hub revision of the base model")] = ""
+    model_folder: Annotated[
+        str, Meta(description="where the base model lies; found from model_id when empty")
+    ] = ""
+    adapter_root: Annotated[
+        tuple[str, ...],
+        Meta(description="folder that holds adapters of source local; may be repeated"),
+    ] = (str(EXAMPLES),)
+    default_adapter_source: Annotated[
+        Literal["auto", "local", "hub"],
+        Meta(description="source of an adapter that names none; auto: local if it is there"),
+    ] = "auto"
+    share_hub_token: Annotated[
+        bool, Meta(description="let requests without a token use the server's HF_TOKEN")
+    ] = False
+    cache: Annotated[
+        str, Meta(description="folder for the default model; found from XDG_CACHE_HOME when empty")
+    ] = ""
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="compute dtype; auto is the checkpoint's"),
+    ] = "auto"
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], Meta(description="where the GPU worker runs")
+    ] = "auto"
+    attention: Annotated[
+        Literal["auto", "sdpa"], Meta(description="attention backend of the GPU worker")
+    ] = "auto"
+    lora_kernels: Annotated[
+        Literal["auto", "reference", "grouped"], Meta(description="LoRA kernels of the GPU worker")
+    ] = "auto"
+    gpu_threads: Annotated[
+        int, Meta(ge=0, description="CPU threads of the GPU worker; 0: as many as cores")
+    ] = 0
+    kv_cache_bytes: Annotated[int, Meta(ge=1, description="memory for the KV cache, bytes")] = (
+        1 << 30
+    )
+    kv_block_tokens: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    adapter_pool_bytes: Annotated[
+        int, Meta(ge=1, description="device memory for resident adapters, bytes")
+    ] = 512 << 20
+    adapter_slots: Annotated[
+        int, Meta(ge=1, le=65536, description="adapters that can be resident at once")
+    ] = 1024
+    arena_bytes: Annotated[
+        int, Meta(ge=4096, description="shared host memory for staged adapters, bytes")
+    ] = 1 << 30
+    max_adapter_bytes: Annotated[
+        int, Meta(ge=1, description="size of an adapter's weight file at most, bytes")
+    ] = 2 << 30
+    loader_threads: Annotated[
+        int, Meta(ge=1, le=64, description="adapters that are fetched at the same time")
+    ] = 4
+    adapter_load_seconds: Annotated[
+        float, Meta(gt=0, description="time until a load has failed, seconds")
+    ] = 300.0
+    rows: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at once")] = 64
+    step_tokens: Annotated[
+        int, Meta(ge=1, description="tokens in one step at most, decode and prefill together")
+    ] = 512
+    prefill_chunk_tokens: Annotated[
+        int, Meta(ge=0, description="tokens of one prompt in one step; 0: as many as step_tokens")
+    ] = 0
+    prefix_cache: Annotated[bool, Meta(description="reuse the KV of equal prompt beginnings")] = (
+        True
+    )
+    max_total_tokens: Annotated[
+        int, Meta(ge=0, description="prompt and reply together, tokens; 0: as the model allows")
+    ] = 0
+    max_concurrent_requests: Annotated[
+        int, Meta(ge=1, description="requests accepted at once; more get 429")
+    ] = 256
+    max_wait_seconds: Annotated[
+        float, Meta(gt=0, description="time a request may wait to run, seconds")
+    ] = 600.0
+    max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
+    max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
+        2 << 20
+    )
+    frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes")] = 1
+    tokenizer_workers: Annotated[int, Meta(ge=1, le=64, description="tokenizer processes")] = 1
+    drain_seconds: Annotated[
+        float, Meta(ge=0, description="time that running requests get after SIGTERM, seconds")
+    ] = 30.0
+    stats_seconds: Annotated[
+        float, Meta(gt=0, description="time between two reports to /metrics, seconds")
+    ] = 1.0
+    run_dir: Annotated[
+        str, Meta(description="folder for sockets; a private one per user and port when empty")
+    ] = ""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="least level logged")
+    ] = "info"
+
+    def run_folder(self) -> Path:
+        """Where the sockets lie. Short, since a socket's path has at most 107 bytes."""
+        if self.run_dir:
+            return Path(self.run_dir)
+        base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+        return Path(base) / f"loradex-{os.getuid()}-{self.port}"
+
+    def adapter_roots(self) -> tuple[Path, ...]:
+        return tuple(Path(root).resolve() for root in self.adapter_root)
+
+
+FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
+
+
+def load_settings(
+    flags: Mapping[str, Any] | None = None, environment: Mapping[str, str] | None = None
+) -> Settings:
+    """The settings of this process. Raises ConfigError.
+
+    flags        name -> text, or a list of texts for what may be repeated; None means not given
+    environment  os.environ unless given
+    """
+    environment = os.environ if environment is None else environment
+    values = _from_file(environment)
+    values.update(_from_environment(environment))
+    values.update({name: value for name, value in (flags or {}).items() if value is not None})
+    try:
+        settings = msgspec.convert(values, Settings, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    if settings.step_tokens < settings.rows:
+        raise ConfigError(
+            f"step_tokens: {settings.step_tokens} is less than rows ({settings.rows}), "
+            "so that not every sequence could run in a step"
+        )
+    return settings
+
+
+def to_environment(settings: Settings) -> dict[str, str]:
+    """The settings as variables, for child processes that read them with load_settings."""
+    variables = {}
+    for name, field in FIELDS.items():
+        value = getattr(settings, name)
+        if value != field.default:
+            text = os.pathsep.join(value) if isinstance(value, tuple) else str(value)
+            variables[PREFIX + name.upper()] = text
+    return variables
+
+
+def _from_file(environment: Mapping[str, str]) -> dict[str, Any]:
+    named = environment.get("LORADEX_CONFIG")
+    path = Path(named or "loradex.toml")
+    if not named and not path.exists():
+        return {}
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"LORADEX_CONFIG: cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    for name in values:
+        if name not in FIELDS:
+            raise ConfigError(f"{path}: there is no setting `{name}`")
+    return values
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX) or variable in NOT_SETTINGS:
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in FIELDS:
+            raise ConfigError(f"{variable}: there is no setting `{name}`")
+        values[name] = text.split(os.pathsep) if name == "adapter_root" else text
+    return values
+
+
+def _sentence(error: msgspec.ValidationError) -> str:
+    """`Expected ... - at `$.port`` becomes `port: Expected ...`."""
+    reason, _, place = str(error).partition(" - at `$.")
+    return f"{place.rstrip('`')}: {reason}" if place else reason

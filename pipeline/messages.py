@@ -1,0 +1,384 @@
+"""Every message between processes, one union per inbox.
+
+Messages are frozen and flat; the first line of each says which edge it travels. Arrays are bytes
+of little-endian int32 unless a comment says otherwise. A new field goes last, with a default.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+import msgspec
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """The base of all messages."""
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The base of what messages are made of."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended. Each accepted request ends with exactly one of these."""
+
+    LENGTH = "length"
+    EOS = "eos"
+    STOP = "stop"
+    ERROR = "error"  # `failure` says which
+
+
+class FailureKind(StrEnum):
+    """What sort of failure a client is told of; the HTTP routes map these to their own words."""
+
+    VALIDATION = "validation"
+    TEMPLATE = "template"
+    ADAPTER_NOT_FOUND = "adapter_not_found"
+    ADAPTER_FORBIDDEN = "adapter_forbidden"
+    ADAPTER_INVALID = "adapter_invalid"
+    ADAPTER_UNAVAILABLE = "adapter_unavailable"
+    OVERLOADED = "overloaded"
+    TIMEOUT = "timeout"
+    SHUTDOWN = "shutdown"
+    INTERNAL = "internal"
+
+
+class Failure(Value, frozen=True):
+    """A RequestError on its way to the client."""
+
+    status: int
+    kind: FailureKind
+    message: str
+
+
+class AdapterKey(Value, frozen=True, order=True):
+    """Which adapter, before its bytes are known.
+
+    scope is a digest of the token that may be needed to read it, empty for what needs none: two
+    tenants' views of a private adapter are two adapters.
+    """
+
+    source: str  # "local" or "hub"
+    id: str
+    revision: str = ""
+    scope: str = ""
+
+
+class Sampling(Value, frozen=True):
+    """How the next token is chosen; the defaults switch each step off."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    frequency_penalty: float = 0.0  # over output, as OpenAI counts
+    presence_penalty: float = 0.0
+    seed: int = 0  # uint64
+
+
+class TokenDetail(Value, frozen=True):
+    """One produced token, for clients that ask for tokens."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class Usage(Value, frozen=True):
+    """What a request took. Times are seconds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    queue_seconds: float = 0.0  # from submit to its first step
+    first_token_seconds: float = 0.0  # from submit to its first token
+    total_seconds: float = 0.0  # from submit to its end
+
+
+# --- frontend -> tokenizer_workers ---------------------------------------------------------------
+
+
+class Prompt(Message, frozen=True):
+    """frontend -> tokenizer_workers: encode this and submit it.
+
+    Exactly one of text, chat and token_ids is given.
+    """
+
+    request_id: int
+    arrived: float  # time.monotonic(), which all processes of a node share
+    text: str | None = None
+    chat: list[dict[str, Any]] | None = None  # messages, for the chat template
+    token_ids: bytes | None = None
+    adapter: AdapterKey | None = None  # None is the base model
+    adapter_token: str | None = None  # secret: what the adapter's source wants to see
+    sampling: Sampling = Sampling()
+    max_tokens: int | None = None  # None: as many as fit
+    stop: tuple[str, ...] = ()
+    keep_stop: bool = False  # leave the stop string in the text, as LoRAX does
+    ignore_eos: bool = False
+    token_details: bool = False  # send a TokenDetail per token
+    add_special_tokens: bool = True
+
+
+class Cancel(Message, frozen=True):
+    """frontend -> tokenizer_workers -> scheduler: nobody waits for this request any more.
+
+    tokenizer_workers sends it also when a stop string has matched. No end is reported back.
+    """
+
+    request_id: int
+
+
+class Shutdown(Message, frozen=True):
+    """Downstream, from each process to those it feeds: no request will follow from me."""
+
+    process: str
+    index: int = 0
+
+
+# --- frontend, tokenizer_workers -> scheduler ----------------------------------------------------
+
+
+class Prefetch(Message, frozen=True):
+    """frontend -> scheduler: a request for this adapter is on its way."""
+
+    adapter: AdapterKey
+    adapter_token: str | None = None
+
+
+class Submit(Message, frozen=True):
+    """tokenizer_workers -> scheduler: run this prompt."""
+
+    request_id: int
+    worker: int  # index of the tokenizer worker that wants the tokens
+    arrived: float
+    token_ids: bytes  # at least one
+    max_tokens: int  # at least one; prompt and max_tokens together fit the context
+    adapter: AdapterKey | None = None
+    adapter_token: str | None = None
+    sampling: Sampling = Sampling()
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+
+# --- scheduler -> gpu_worker ---------------------------------------------------------------------
+
+
+class AttachArena(Message, frozen=True):
+    """scheduler -> gpu_worker: where adapters are staged. Comes before the first copy."""
+
+    path: str
+    nbytes: int
+
+
+class AdapterCopy(Value, frozen=True):
+    """Copy a staged adapter from the arena to the pool, before anything else of its step.
+
+    The slot is the adapter's number in the worker's table; a slot that is given again is
+    overwritten. The arena extent is leased until the step is done.
+    """
+
+    slot: int
+    pool_offset: int  # bytes
+    arena_offset: int  # bytes
+    nbytes: int
+    ranks: bytes  # int16[layers, modules], see adapter_layout
+
+
+class NewRow(Value, frozen=True):
+    """A sequence takes a row of the worker's table; the row was free or is freed in this step.
+
+    token_ids holds the prompt and, after a preemption, what was produced before it. The KV of the
+    first cached_tokens of them is in `blocks` already.
+    """
+
+    row: int
+    slot: int  # of its adapter; -1 is the base model
+    token_ids: bytes
+    prompt_tokens: int
+    cached_tokens: int
+    blocks: bytes
+    sampling: Sampling
+    logprobs: bool
+
+
+class Step(Message, frozen=True):
+    """scheduler -> gpu_worker: change the row table, then run one forward pass.
+
+    Applied in this order: copies, free_rows, new_rows, appended blocks, forward pass.
+
+    A decode row feeds the token that was sampled for it last, which the worker keeps, at the next
+    position. A prefill chunk feeds token_ids[start : start + count] of its row. A token is sampled
+    for each decode row, in order, then for each chunk that reaches the end of its row's token_ids,
+    in order. A row occurs once in a step.
+    """
+
+    step_id: int  # counts up from 1
+    decode_rows: bytes = b""
+    prefill: bytes = b""  # int32[chunks, 3]: row, start, count
+    block_rows: bytes = b""  # row block_rows[i] gets blocks[i] as its next block
+    blocks: bytes = b""
+    free_rows: bytes = b""
+    new_rows: tuple[NewRow, ...] = ()
+    copies: tuple[AdapterCopy, ...] = ()
+
+
+# --- gpu_worker -> scheduler ---------------------------------------------------------------------
+
+
+class WorkerReady(Message, frozen=True):
+    """gpu_worker -> scheduler: weights are loaded, steps may come."""
+
+    kv_blocks: int
+    block_tokens: int
+    adapter_pool_bytes: int
+    adapter_slots: int
+    rows: int
+    index: int = 0
+
+
+class StepDone(Message, frozen=True):
+    """gpu_worker -> scheduler: the tokens of a step, in the order that `Step` defines.
+
+    A token of -1 means that its logits were not finite: the sequence cannot go on.
+    """
+
+    step_id: int
+    token_ids: bytes
+    logprobs: bytes = b""  # float32[sampled], or empty when no row of the step wants them
+    index: int = 0
+
+
+# --- scheduler <-> adapter_loader ----------------------------------------------------------------
+
+
+class LoadAdapter(Message, frozen=True):
+    """scheduler -> adapter_loader: stage this adapter. Answered by one AdapterStaged or -Failed."""
+
+    adapter: AdapterKey
+    adapter_token: str | None = None
+
+
+class ReleaseAdapter(Message, frozen=True):
+    """scheduler -> adapter_loader: the extent of one AdapterStaged is not read any more."""
+
+    adapter: AdapterKey
+    arena_offset: int
+
+
+class ArenaReady(Message, frozen=True):
+    """adapter_loader -> scheduler: the arena exists, loads may come."""
+
+    path: str
+    nbytes: int
+
+
+class AdapterStaged(Message, frozen=True):
+    """adapter_loader -> scheduler: the packed adapter lies in the arena, leased to the scheduler.
+
+    The scheduler gives the lease back with one ReleaseAdapter. content is a digest of the packed
+    bytes and their ranks: the same key with another content is another adapter.
+    """
+
+    adapter: AdapterKey
+    content: str
+    arena_offset: int
+    nbytes: int
+    ranks: bytes  # int16[layers, modules]
+
+
+class AdapterFailed(Message, frozen=True):
+    """adapter_loader -> scheduler: this adapter cannot be had; its waiting requests end with it."""
+
+    adapter: AdapterKey
+    failure: Failure
+
+
+# --- scheduler -> tokenizer_workers --------------------------------------------------------------
+
+
+class Finished(Value, frozen=True):
+    """The end of a request, as the scheduler sees it."""
+
+    request_id: int
+    reason: FinishReason
+    usage: Usage
+    failure: Failure | None = None
+
+
+class Tokens(Message, frozen=True):
+    """scheduler -> tokenizer_workers: what a step gave this worker's requests.
+
+    request_ids[i] produced token_ids[i]; a request that ends has its last token here and its end
+    in `finished`.
+    """
+
+    request_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]  # as long as token_ids, or empty
+    finished: tuple[Finished, ...] = ()
+
+
+# --- tokenizer_workers -> frontend ---------------------------------------------------------------
+
+
+class Piece(Value, frozen=True):
+    """Text that a request has produced since its last piece; whole characters only."""
+
+    request_id: int
+    text: str
+    tokens: tuple[TokenDetail, ...] = ()
+
+
+class End(Value, frozen=True):
+    """The one end of a request. Any last text came in a piece before it, or with it."""
+
+    request_id: int
+    reason: FinishReason
+    usage: Usage
+    failure: Failure | None = None
+
+
+class Pieces(Message, frozen=True):
+    """tokenizer_workers -> frontend: one message per step. A request's piece precedes its end."""
+
+    pieces: list[Piece]
+    ends: tuple[End, ...] = ()
+
+
+# --- each -> frontend ----------------------------------------------------------------------------
+
+
+class ProcessReady(Message, frozen=True):
+    """each -> frontend: this process can work. facts are what /info and the ready line show."""
+
+    process: str
+    index: int = 0
+    facts: dict[str, str | int | float | None] = {}
+
+
+class Stats(Message, frozen=True):
+    """each -> frontend: its metrics as they stand, see `metrics.snapshot`."""
+
+    process: str
+    index: int
+    families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
+
+
+ToFrontend = Pieces | ProcessReady | Stats
+ToTokenizerWorker = Prompt | Cancel | Tokens | Shutdown
+ToScheduler = (
+    Prefetch
+    | Submit
+    | Cancel
+    | WorkerReady
+    | StepDone
+    | ArenaReady
+    | AdapterStaged
+    | AdapterFailed
+    | Shutdown
+)
+ToGpuWorker = AttachArena | Step | Shutdown
+ToAdapterLoader = LoadAdapter | ReleaseAdapter | Shutdown
