@@ -6,7 +6,8 @@ Layer after layer, and in each layer group after group of modules that read the 
 
 A group is the A matrices of its modules, stacked, then their B matrices:
 
-    A_q [r_q, in]  A_k [r_k, in]  A_v [r_v, in]  B_q [out_q, r_q]  B_k [out_k, r_k]  B_v [out_v, r_v]
+    A_q [r_q, in]  A_k [r_k, in]  A_v [r_v, in]
+    B_q [out_q, r_q]  B_k [out_k, r_k]  B_v [out_v, r_v]
 
 all row-major in the compute dtype, with the scaling folded into B. Ranks are exact and may differ
 from module to module and layer to layer; a missing module has rank 0 and takes no bytes. Each

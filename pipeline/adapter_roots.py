@@ -28,7 +28,7 @@ def find_local(roots: Sequence[Path], adapter_id: str) -> Path | None:
 
 def list_local(roots: Sequence[Path]) -> Iterator[str]:
     """The ids of the adapters that lie directly below a root, sorted, each once."""
-    ids = set()
+    ids: set[str] = set()
     for root in roots:
         try:
             ids.update(entry.name for entry in root.iterdir())

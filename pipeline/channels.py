@@ -36,7 +36,7 @@ class Inbox(Generic[M]):
 
     def __init__(self, run_dir: Path, process: str, index: int, union: Any) -> None:
         self._path = Path(address(run_dir, process, index).removeprefix("ipc://"))
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
         self._decoder = msgspec.msgpack.Decoder(union)
@@ -97,7 +97,7 @@ class Outbox:
         socket.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def _connect(self, process: str, index: int) -> "zmq.Socket[bytes]":
-        socket = zmq.Context.instance().socket(zmq.PUSH)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         socket.set(zmq.SNDHWM, 0)
         socket.set(zmq.RECONNECT_IVL, 20)  # ms
         socket.connect(address(self._run_dir, process, index))  # may come before the peer binds
