@@ -61,7 +61,7 @@ class Inbox(Generic[M]):
             if len(messages) == MAX_RECEIVED:  # the descriptor is edge triggered
                 loop.call_soon(readable)
 
-        loop.add_reader(self._socket.get(zmq.FD), readable)
+        loop.add_reader(int(self._socket.get(zmq.FD)), readable)
         loop.call_soon(readable)
 
     def _drain(self) -> list[M]:
