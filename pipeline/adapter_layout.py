@@ -56,7 +56,7 @@ def pack_ranks(ranks: Sequence[int]) -> bytes:
     return array("h", ranks).tobytes()
 
 
-def unpack_ranks(ranks: bytes) -> array[int]:
+def unpack_ranks(ranks: bytes) -> Sequence[int]:
     return array("h", ranks)
 
 

@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     adapter_root: Annotated[
         tuple[str, ...],
         Meta(description="folder that holds adapters of source local; may be repeated"),
-    ] = (str(EXAMPLES),)
+    ] = (str(EXAMPLES),) if EXAMPLES.is_dir() else ()
     default_adapter_source: Annotated[
         Literal["auto", "local", "hub"],
         Meta(description="source of an adapter that names none; auto: local if it is there"),

@@ -1,0 +1,108 @@
+"""The structure of the project: who may import what, whose names are ours, what the docs list."""
+
+import ast
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapter_loader")
+
+# package -> the third-party names that it may import
+ALLOWED = {
+    "pipeline": {"msgspec", "zmq", "prometheus_client"},
+    "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
+    "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
+    "scheduler": {"msgspec", "prometheus_client"},
+    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "safetensors", "tqdm"},
+    "adapter_loader": {
+        "gguf",
+        "huggingface_hub",
+        "msgspec",
+        "numpy",
+        "prometheus_client",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "tqdm",
+        "zmq",
+    },
+}
+# modules that decide and never talk: no socket, no clock, no thread, no file
+PURE = (
+    "scheduler/core.py",
+    "scheduler/sequence.py",
+    "scheduler/kv_blocks.py",
+    "scheduler/adapter_pool.py",
+    "scheduler/policy.py",
+    "tokenizer_workers/core.py",
+    "tokenizer_workers/decode.py",
+    "adapter_loader/core.py",
+    "adapter_loader/arena_space.py",
+    "frontend/streams.py",
+    "frontend/admission.py",
+    "pipeline/adapter_layout.py",
+    "pipeline/messages.py",
+)
+IMPURE = {"asyncio", "os", "pathlib", "socket", "threading", "time", "torch", "zmq", "subprocess"}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The top-level names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield (node.module or "").partition(".")[0]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_a_package_imports_only_what_its_row_of_the_table_allows(package: str) -> None:
+    allowed = ALLOWED[package] | {package, "pipeline"} | sys.stdlib_module_names
+    for path in sources(package):
+        strange = set(imports(path)) - allowed
+        assert not strange, f"{path.relative_to(ROOT)} imports {sorted(strange)}"
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_the_table_allows_nothing_that_is_not_imported(package: str) -> None:
+    used = {name for path in sources(package) for name in imports(path)}
+    assert not ALLOWED[package] - used
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_a_pure_module_neither_talks_nor_looks_at_a_clock(module: str) -> None:
+    assert not set(imports(ROOT / module)) & IMPURE
+
+
+def test_no_installed_distribution_owns_a_name_of_ours() -> None:
+    owners = importlib.metadata.packages_distributions()
+    for name in (*PROCESSES, "pipeline"):
+        assert set(owners.get(name, ["loradex"])) == {"loradex"}
+
+
+def test_each_process_is_a_folder_a_module_and_a_line_of_the_procfile() -> None:
+    lines = (ROOT / "procfile").read_text().splitlines()
+    assert sorted(lines) == sorted(f"{name}: exec python -m {name}" for name in PROCESSES)
+    for name in PROCESSES:
+        assert (ROOT / name / "__main__.py").is_file()
+
+
+def test_the_architecture_page_has_one_line_for_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text().splitlines()
+    listed = [line.split("`")[1] for line in page if line.startswith("- `") and ".py`" in line]
+    modules = [
+        str(path.relative_to(ROOT))
+        for package in ALLOWED
+        for path in sources(package)
+        if path.name != "__init__.py"
+    ]
+    assert sorted(listed) == sorted(modules)
