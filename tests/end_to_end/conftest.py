@@ -1,0 +1,55 @@
+"""The fixtures of the whole server and its oracle."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import DEFAULT_MODEL
+from tests.end_to_end.oracle import KINDS, Oracle, make_adapters
+from tests.end_to_end.server import Server
+
+
+@pytest.fixture(scope="session")
+def model_folder() -> Path:
+    command = [sys.executable, "-m", "adapter_loader.base_model", "--model-id", DEFAULT_MODEL]
+    return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def adapter_root(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one adapter of each of KINDS."""
+    root = tmp_path_factory.mktemp("adapters")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of fan_in_fan_out and the like
+        make_adapters(model_folder, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def oracle(model_folder: Path, adapter_root: Path) -> Oracle:
+    return Oracle(model_folder, {name: adapter_root / name for name in KINDS})
+
+
+@pytest.fixture(scope="module")
+def serve(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path
+) -> Iterator[Callable[..., Server]]:
+    """Start servers; they are stopped when the module's tests are done."""
+    started: list[tuple[Server, Path]] = []
+
+    def start(**settings: Any) -> Server:
+        folder = Path(tmp_path_factory.mktemp("s"))
+        server = Server(folder, model_folder=model_folder, **settings)
+        started.append((server, folder))
+        return server.wait_until_ready()
+
+    yield start
+    for server, folder in started:
+        server.stop()
+        shutil.rmtree(folder)

@@ -1,0 +1,97 @@
+"""transformers + PEFT, which say what is right, and one adapter of every kind that is honoured."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Every way that a PEFT LoRA may be written down, of those that are honoured.
+KINDS: dict[str, dict[str, Any]] = {
+    "qv": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "all_linear": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
+    "rslora": {"r": 16, "lora_alpha": 4, "use_rslora": True, "target_modules": LINEAR},
+    "patterns": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": LINEAR,
+        "rank_pattern": {"q_proj": 2, r"layers\.(1|2)\.mlp\.down_proj": 12},
+        "alpha_pattern": {"k_proj": 24, "layers.0.self_attn.v_proj": 3},
+    },
+    "rslora_patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "target_modules": LINEAR,
+        "rank_pattern": {"o_proj": 9},
+        "alpha_pattern": {"up_proj": 3},
+    },
+    "some_layers": {
+        "r": 8,
+        "lora_alpha": 32,
+        "target_modules": ["o_proj", "down_proj"],
+        "layers_to_transform": [1, 3, 7, 29],
+    },
+    "rank_one": {"r": 1, "lora_alpha": 2, "target_modules": LINEAR},
+    "fan_in_fan_out": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ["gate_proj", "up_proj"],
+        "fan_in_fan_out": True,
+    },
+    "half": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
+    "brain": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
+}
+STORED = {"half": torch.float16, "brain": torch.bfloat16}
+
+
+def make_adapters(model: Path, root: Path) -> None:
+    """Write one adapter of each of KINDS below root, random but of visible effect."""
+    for seed, (name, config) in enumerate(KINDS.items()):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_B" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        adapted.to(STORED.get(name, torch.float32)).save_pretrained(root / name)
+
+
+class Oracle:
+    """transformers + PEFT in fp32, one request at a time."""
+
+    def __init__(self, model: Path, adapters: dict[str, Path]) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        names = iter(adapters.items())
+        first, folder = next(names)
+        self._model = PeftModel.from_pretrained(base, folder, adapter_name=first).eval()
+        for name, folder in names:
+            self._model.load_adapter(folder, adapter_name=name)
+        self._known: dict[tuple[str, str | None, int], list[int]] = {}
+
+    def token_ids(self, inputs: str, adapter: str | None, count: int) -> list[int]:
+        """The `count` greedy tokens that follow; the end of a text is not an end."""
+        key = (inputs, adapter, count)
+        if key not in self._known:
+            self._known[key] = self._greedy(*key)
+        return self._known[key]
+
+    @torch.inference_mode()
+    def _greedy(self, inputs: str, adapter: str | None, count: int) -> list[int]:
+        if adapter is None:
+            with self._model.disable_adapter():
+                return self._continue(inputs, count)
+        self._model.set_adapter(adapter)
+        return self._continue(inputs, count)
+
+    def _continue(self, inputs: str, count: int) -> list[int]:
+        fed, cache, produced = self.tokenizer(inputs, return_tensors="pt").input_ids, None, []
+        for _ in range(count):
+            out = self._model(input_ids=fed, past_key_values=cache, use_cache=True)
+            cache, fed = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            produced.append(int(fed))
+        return produced
