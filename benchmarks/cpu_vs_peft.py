@@ -1,6 +1,6 @@
 """The server through HTTP against transformers + PEFT, on the CPU, in one run.
 
-    python benchmarks/cpu_vs_peft.py [--json FILE]
+    python -m benchmarks.cpu_vs_peft [--json FILE]
 
 16 concurrent requests over 8 random adapters of rank 8 on all seven linear layers of the default
 model, 64 tokens in, 64 out, greedy, ends ignored; the same dtype and number of threads for both.
@@ -46,7 +46,7 @@ def make_adapters(model: Path, root: Path) -> list[str]:
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.01)
-        adapted.save_pretrained(root / name)
+        adapted.save_pretrained(str(root / name))
     return names
 
 
@@ -70,7 +70,7 @@ class Peft:
         """Tokens per second."""
         ids = torch.tensor(prompts(turn))
         start = time.perf_counter()
-        out = self._model.generate(
+        out = self._model.generate(  # type: ignore[no-untyped-call]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             adapter_names=self._rows,

@@ -45,7 +45,7 @@ def serve(
 
     def start(**settings: Any) -> Server:
         folder = Path(tmp_path_factory.mktemp("s"))
-        server = Server(folder, model_folder=model_folder, **settings)
+        server = Server(folder, **{"model_folder": model_folder, **settings})
         started.append((server, folder))
         return server.wait_until_ready()
 
@@ -53,3 +53,20 @@ def serve(
     for server, folder in started:
         server.stop()
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def run_serve() -> Callable[..., tuple[int, str]]:
+    """Run `loradex serve` with flags, for starts that end at once: its status and output."""
+
+    def run(*flags: str) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, "-m", "pipeline.launch", "serve", *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+        return result.returncode, result.stdout
+
+    return run

@@ -57,7 +57,7 @@ def make_adapters(model: Path, root: Path) -> None:
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        adapted.to(STORED.get(name, torch.float32)).save_pretrained(root / name)
+        adapted.to(STORED.get(name, torch.float32)).save_pretrained(str(root / name))
 
 
 class Oracle:

@@ -23,8 +23,8 @@ class Server:
     """`loradex serve` and all that it starts. Stop it; what it printed is in `lines`."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        self.port = free_port()
-        self.run_dir = folder / "run"
+        self.port = settings.pop("port", None) or free_port()
+        self.run_dir = settings.pop("run_dir", folder / "run")
         self.url = f"http://127.0.0.1:{self.port}"
         flags = [f"--port={self.port}", f"--run-dir={self.run_dir}"]
         for name, value in {"arena_bytes": 256 << 20, **settings}.items():
