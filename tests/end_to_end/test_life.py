@@ -70,14 +70,13 @@ def test_new_requests_get_503_while_running_ones_end(
         next(lines)
         server.terminate()
         assert eventually(lambda: "SIGTERM received" in server.output(), seconds=5), server.output()
-        refused = []
-        for line in lines:
+        refused: list[int] = []
+        for _ in lines:
             if not refused:
                 late = httpx.post(
                     server.url + "/v1/completions", json={**body, "stream": False}, timeout=60
                 )
                 refused.append(late.status_code)
-        assert line == ""
     server.wait()
     assert refused == [503]
 
