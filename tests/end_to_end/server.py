@@ -22,7 +22,9 @@ START_SECONDS = 120
 class Server:
     """`loradex serve` and all that it starts. Stop it; what it printed is in `lines`."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str] | None = None, **settings: Any
+    ) -> None:
         self.port = settings.pop("port", None) or free_port()
         self.run_dir = settings.pop("run_dir", folder / "run")
         self.url = f"http://127.0.0.1:{self.port}"
@@ -37,7 +39,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={k: v for k, v in os.environ.items() if not k.startswith("LORADEX_")},
+            env={k: v for k, v in os.environ.items() if not k.startswith("LORADEX_")}
+            | (environment or {}),
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
