@@ -21,7 +21,7 @@ def find_local(roots: Sequence[Path], adapter_id: str) -> Path | None:
             inside = folder != root and folder.is_relative_to(root)
             if inside and (folder / CONFIG_FILE).is_file():
                 return folder
-        except (OSError, ValueError):  # too long a name, a loop of links, no permission
+        except (OSError, RuntimeError, ValueError):  # too long, no permission, a loop of links
             continue
     return None
 

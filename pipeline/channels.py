@@ -40,6 +40,7 @@ class Inbox(Generic[M]):
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
         self._decoder = msgspec.msgpack.Decoder(union)
+        self._watched_by: asyncio.AbstractEventLoop | None = None
         self._path.unlink(missing_ok=True)  # a dead process leaves its socket file behind
         self._socket.bind(f"ipc://{self._path}")
 
@@ -55,12 +56,15 @@ class Inbox(Generic[M]):
         """Call on_message for each message from now on, in the loop's thread."""
 
         def readable() -> None:
+            if self._socket.closed:
+                return
             messages = self._drain()
             for message in messages:
                 on_message(message)
             if len(messages) == MAX_RECEIVED:  # the descriptor is edge triggered
                 loop.call_soon(readable)
 
+        self._watched_by = loop
         loop.add_reader(int(self._socket.get(zmq.FD)), readable)
         loop.call_soon(readable)
 
@@ -78,6 +82,9 @@ class Inbox(Generic[M]):
         return messages
 
     def close(self) -> None:
+        """Nothing is received any more, and the socket file is gone."""
+        if self._watched_by is not None and not self._watched_by.is_closed():
+            self._watched_by.remove_reader(int(self._socket.get(zmq.FD)))
         self._socket.close()
         self._path.unlink(missing_ok=True)
 

@@ -199,7 +199,10 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         name = variable.removeprefix(PREFIX).lower()
         if name not in FIELDS:
             raise ConfigError(f"{variable}: there is no setting `{name}`")
-        values[name] = text.split(os.pathsep) if name == "adapter_root" else text
+        if name == "adapter_root":
+            values[name] = [root for root in text.split(os.pathsep) if root]
+        else:
+            values[name] = text
     return values
 
 

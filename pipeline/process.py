@@ -26,18 +26,24 @@ _PR_SET_PDEATHSIG = 1
 log = logging.getLogger(__name__)
 
 
-def run(process: str, main: Callable[[Settings, int], None], count: int = 1) -> None:
+def run(
+    process: str,
+    main: Callable[[Settings, int], None],
+    count: int | Callable[[Settings], int] = 1,
+) -> None:
     """Be `process`: load the settings, then run main(settings, index) to its end and exit.
 
     With a count above one, the others are forked first, before threads or sockets exist; index 0
-    is the one that was started, and ends with an error when another does.
+    is the one that was started, and ends with an error when another does. A count that is a
+    setting is given as the function that reads it.
     """
     try:
         settings = load_settings()
         set_up_logs(process, settings.log_level)
         run_folder(settings)
-        index = _fork(count)
-        set_up_logs(f"{process}.{index}" if count > 1 else process, settings.log_level)
+        processes = count(settings) if callable(count) else count
+        index = _fork(processes)
+        set_up_logs(f"{process}.{index}" if processes > 1 else process, settings.log_level)
         _set_deadline_on_sigterm(settings.drain_seconds + GRACE_SECONDS)
         main(settings, index)
         log.info("event=stopped")

@@ -1,0 +1,1 @@
+"""Fetches, checks and packs what is loaded: the base model and the adapters."""

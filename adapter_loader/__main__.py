@@ -1,0 +1,272 @@
+"""`python -m adapter_loader`: the sockets, threads and clock around the core."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, assert_never
+
+import torch
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from prometheus_client import Counter, Gauge
+
+from adapter_loader.base_model import cache_root
+from adapter_loader.checkpoint import DTYPES, BaseModel
+from adapter_loader.core import Core, Discard, StartFetch, StartPack
+from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
+from adapter_loader.refusals import failure, invalid
+from adapter_loader.sources import Source
+from adapter_loader.sources.hub import HubSource
+from adapter_loader.sources.local import LocalSource
+from adapter_loader.workers import Workers
+from pipeline.arena import arena_path, create
+from pipeline.channels import Inbox, Outbox
+from pipeline.config import Settings
+from pipeline.errors import ConfigError
+from pipeline.messages import (
+    AdapterFailed,
+    AdapterKey,
+    AdapterStaged,
+    ArenaReady,
+    Failure,
+    LoadAdapter,
+    ProcessReady,
+    ReleaseAdapter,
+    Shutdown,
+    Stats,
+    ToAdapterLoader,
+)
+from pipeline.metrics import REGISTRY, snapshot
+from pipeline.model_config import read_model_config
+from pipeline.model_folder import model_folder
+from pipeline.process import run, run_folder
+
+PROCESS = "adapter_loader"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LOADS = Counter(
+    "loradex_adapter_loads",
+    "Answered loads; the outcome is `staged` or the kind of the failure",
+    ["source", "outcome"],
+    registry=REGISTRY,
+)
+USED_BYTES = Gauge(
+    "loradex_arena_used_bytes", "Bytes of the arena that are taken", registry=REGISTRY
+)
+STAGED = Gauge("loradex_staged_adapters", "Adapters that lie in the arena", registry=REGISTRY)
+
+
+class Loader:
+    """The loop. Runs in one thread; jobs run in others, and report back into the loop."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        base: BaseModel,
+        sources: Mapping[str, Source],
+        arena: memoryview,
+        inbox: Inbox[ToAdapterLoader],
+        outbox: Outbox,
+    ) -> None:
+        self._settings = settings
+        self._base = base
+        self._sources = sources
+        self._arena = arena
+        self._inbox = inbox
+        self._outbox = outbox
+        self._core = Core(arena_bytes=len(arena), load_seconds=settings.adapter_load_seconds)
+        self._checked: dict[AdapterKey, Checked] = {}
+        self._fetchers = {  # a slow hub must not hold up local adapters
+            name: Workers(f"fetch-{name}", settings.loader_threads) for name in sources
+        }
+        self._packers = Workers("pack", settings.loader_threads)
+        self._loop = asyncio.new_event_loop()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._broken: BaseException | None = None
+
+    def run(self) -> None:
+        """Return when Shutdown has come; what a callback raises is raised here."""
+        self._loop.set_exception_handler(self._stop_broken)
+        self._inbox.watch(self._loop, self._on_message)
+        self._report_stats()
+        try:
+            self._loop.run_forever()
+        finally:
+            self._packers.close()
+            self._loop.close()
+        if self._broken is not None:
+            raise self._broken
+
+    def _on_message(self, message: ToAdapterLoader) -> None:
+        match message:
+            case LoadAdapter():
+                self._core.load(message, self._loop.time())
+            case ReleaseAdapter():
+                if not self._core.release(message):
+                    log.warning("event=unknown_lease adapter=%a", message.adapter.id)
+            case Shutdown():
+                self._loop.stop()
+                return
+            case _:
+                assert_never(message)
+        self._act()
+
+    def _act(self) -> None:
+        """Do what the core says, and wake it when its next deadline passes."""
+        for action in self._core.take_actions():
+            match action:
+                case StartFetch():
+                    self._start_fetch(action)
+                case StartPack():
+                    self._start_pack(action)
+                case Discard():
+                    self._checked.pop(action.key).close()
+                case _:
+                    assert_never(action)
+        for answer in self._core.take_outbox():
+            self._send(answer)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        deadline = self._core.next_deadline()
+        self._deadline = None if deadline is None else self._loop.call_at(deadline, self._expire)
+
+    def _start_fetch(self, action: StartFetch) -> None:
+        key = action.key
+        source = self._sources.get(key.source)
+        if source is None:
+            error = invalid(f"the source {key.source} is not one of {', '.join(self._sources)}")
+            self._loop.call_soon(self._on_fetched, key, failure(key, error))
+            return
+        fetch = partial(fetch_and_check, key, action.token, action.known, source, self._base)
+        self._fetchers[key.source].submit(partial(self._run_job, key, fetch, self._on_fetched))
+
+    def _start_pack(self, action: StartPack) -> None:
+        extent = self._arena[action.offset : action.offset + action.nbytes]
+        pack = partial(pack_checked, self._checked.pop(action.key), extent)
+        self._packers.submit(partial(self._run_job, action.key, pack, self._on_packed))
+
+    def _run_job(
+        self,
+        key: AdapterKey,
+        job: Callable[[], T],
+        report: Callable[[AdapterKey, T | Failure], None],
+    ) -> None:
+        """In a worker thread."""
+        result = guarded(key, job)
+        try:
+            self._loop.call_soon_threadsafe(report, key, result)
+        except RuntimeError:
+            log.info("event=load_abandoned adapter=%a", key.id)  # the loop is closed
+
+    def _on_fetched(self, key: AdapterKey, result: Checked | Unchanged | Failure) -> None:
+        match result:
+            case Checked():
+                self._checked[key] = result
+                plan = result.plan
+                self._core.fetched(key, result.files.identity, plan.nbytes, plan.ranks)
+            case Unchanged():
+                self._core.unchanged(key)
+            case Failure():
+                self._core.failed(key, result)
+            case _:
+                assert_never(result)
+        self._act()
+
+    def _on_packed(self, key: AdapterKey, result: str | Failure) -> None:
+        if isinstance(result, Failure):
+            self._core.failed(key, result)
+        else:
+            self._core.packed(key, result)
+        self._act()
+
+    def _expire(self) -> None:
+        self._core.expire(self._loop.time())
+        self._act()
+
+    def _send(self, answer: AdapterStaged | AdapterFailed) -> None:
+        self._outbox.send("scheduler", answer)
+        key = answer.adapter
+        if isinstance(answer, AdapterFailed):
+            outcome, reason = answer.failure.kind.value, answer.failure.message
+            log.warning("event=adapter_failed adapter=%a reason=%a", key.id, reason)
+        else:
+            outcome = "staged"
+            log.info(
+                "event=adapter_staged adapter=%a source=%s bytes=%d content=%.12s",
+                key.id,
+                key.source,
+                answer.nbytes,
+                answer.content,
+            )
+        LOADS.labels(key.source, outcome).inc()
+
+    def _report_stats(self) -> None:
+        USED_BYTES.set(self._core.used_bytes)
+        STAGED.set(self._core.staged)
+        for index in range(self._settings.frontends):
+            self._outbox.send("frontend", Stats(PROCESS, 0, snapshot()), index)
+        self._loop.call_later(self._settings.stats_seconds, self._report_stats)
+
+    def _stop_broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._broken = context.get("exception") or RuntimeError(context["message"])
+        loop.stop()
+
+
+def base_model(settings: Settings) -> BaseModel:
+    """What adapters have to fit. Raises ConfigError."""
+    config = read_model_config(model_folder(settings))
+    dtype = config.dtype if settings.dtype == "auto" else settings.dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: the checkpoint's {dtype} is not supported, name another")
+    return BaseModel(config.layers, config.module_shapes(), dtype)
+
+
+def sources_of(settings: Settings) -> dict[str, Source]:
+    caches = Path(settings.cache).expanduser() if settings.cache else cache_root()
+    return {
+        "local": LocalSource(
+            roots=settings.adapter_roots(), max_adapter_bytes=settings.max_adapter_bytes
+        ),
+        "hub": HubSource(
+            token_caches=caches / "adapters",
+            max_adapter_bytes=settings.max_adapter_bytes,
+            share_token=settings.share_hub_token,
+        ),
+    }
+
+
+def main(settings: Settings, index: int) -> None:
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    folder = run_folder(settings)
+    base = base_model(settings)
+    path = arena_path(folder)
+    arena = create(path, settings.arena_bytes)
+    inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, index, ToAdapterLoader)
+    outbox = Outbox(folder)
+    try:
+        loader = Loader(
+            settings=settings,
+            base=base,
+            sources=sources_of(settings),
+            arena=memoryview(arena),
+            inbox=inbox,
+            outbox=outbox,
+        )
+        outbox.send("scheduler", ArenaReady(str(path), settings.arena_bytes))
+        for frontend in range(settings.frontends):
+            facts: dict[str, str | int | float | None] = {"arena_bytes": settings.arena_bytes}
+            outbox.send("frontend", ProcessReady(PROCESS, index, facts), frontend)
+        loader.run()
+    finally:
+        path.unlink(missing_ok=True)
+        inbox.close()
+        outbox.close()
+
+
+if __name__ == "__main__":
+    run(PROCESS, main)

@@ -1,0 +1,250 @@
+"""Which adapters are fetched, staged and leased: the decisions of this process, pure.
+
+    load -> StartFetch -> fetched -> room in the arena -> StartPack -> packed -> AdapterStaged
+                       -> unchanged ---------------------------------------------^
+                       -> failed, or the deadline passes -> AdapterFailed
+
+All loads of a key that come while it is fetched wait for that one fetch. Each load is answered
+exactly once. A staged adapter stays where it is when its leases have come back, until its room is
+needed; its source is asked again by each load that finds nothing under way.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from adapter_loader.arena_space import ArenaSpace
+from adapter_loader.refusals import failure, invalid, unavailable
+from pipeline.messages import (
+    AdapterFailed,
+    AdapterKey,
+    AdapterStaged,
+    Failure,
+    LoadAdapter,
+    ReleaseAdapter,
+)
+
+Identity = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StartFetch:
+    """Open and check the adapter; report fetched, unchanged or failed."""
+
+    key: AdapterKey
+    token: str | None = field(repr=False)
+    known: Identity | None  # report `unchanged` when it is this one
+
+
+@dataclass(frozen=True, slots=True)
+class StartPack:
+    """Pack what was fetched into this extent; report packed or failed."""
+
+    key: AdapterKey
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Close what was fetched; nobody waits for it."""
+
+    key: AdapterKey
+
+
+Action = StartFetch | StartPack | Discard
+
+
+@dataclass(slots=True)
+class _Fetch:
+    """An adapter on its way. Holds one lease on `known` at first, and then one on `offset`."""
+
+    known: int | None
+    deadlines: list[float] = field(default_factory=list)  # one for each load that waits
+    identity: Identity = ()
+    nbytes: int = 0
+    ranks: bytes = b""
+    offset: int | None = None
+
+
+@dataclass(slots=True)
+class _Staged:
+    """A packed adapter at some offset."""
+
+    key: AdapterKey
+    content: str
+    identity: Identity
+    nbytes: int
+    ranks: bytes
+    leases: int = 0  # given to the scheduler
+
+
+class Core:
+    """Inputs are named after what happened; `now` is in seconds of any clock.
+
+    load_seconds   a load that takes longer has failed
+    """
+
+    def __init__(self, *, arena_bytes: int, load_seconds: float) -> None:
+        self._space = ArenaSpace(arena_bytes)
+        self._load_seconds = load_seconds
+        self._fetches: dict[AdapterKey, _Fetch] = {}
+        self._waiting: list[AdapterKey] = []  # fetched, no room yet; the oldest first
+        self._staged: dict[int, _Staged] = {}
+        self._current: dict[AdapterKey, int] = {}  # the offset of a key's newest content
+        self._actions: list[Action] = []
+        self._outbox: list[AdapterStaged | AdapterFailed] = []
+
+    @property
+    def used_bytes(self) -> int:
+        return self._space.used_bytes
+
+    @property
+    def staged(self) -> int:
+        return len(self._staged)
+
+    def load(self, message: LoadAdapter, now: float) -> None:
+        key = message.adapter
+        fetch = self._fetches.get(key)
+        if fetch is None:
+            known = self._current.get(key)
+            fetch = self._fetches[key] = _Fetch(known)
+            if known is not None:
+                self._space.lease(known)
+            identity = None if known is None else self._staged[known].identity
+            self._actions.append(StartFetch(key, message.adapter_token, identity))
+        fetch.deadlines.append(now + self._load_seconds)
+
+    def release(self, message: ReleaseAdapter) -> bool:
+        """Take a lease back; False when there is no such lease."""
+        staged = self._staged.get(message.arena_offset)
+        if staged is None or staged.key != message.adapter or not staged.leases:
+            return False
+        staged.leases -= 1
+        self._give_back(message.arena_offset)
+        self._place_waiting()
+        return True
+
+    def unchanged(self, key: AdapterKey) -> None:
+        """The source still has what is staged."""
+        fetch = self._fetches.pop(key)
+        assert fetch.known is not None, "unchanged is reported for a known identity only"
+        self._answer(fetch, fetch.known)
+        self._give_back(fetch.known)
+        self._place_waiting()
+
+    def fetched(self, key: AdapterKey, identity: Identity, nbytes: int, ranks: bytes) -> None:
+        """The adapter is open and checked, and wants nbytes."""
+        fetch = self._fetches[key]
+        self._give_back_known(fetch)
+        fetch.identity, fetch.nbytes, fetch.ranks = identity, nbytes, ranks
+        if not fetch.deadlines:
+            del self._fetches[key]
+            self._actions.append(Discard(key))
+        elif nbytes > self._space.capacity:
+            error = invalid(
+                f"it takes {nbytes} bytes, more than the whole arena (arena_bytes: "
+                f"{self._space.capacity})"
+            )
+            self._actions.append(Discard(key))
+            self.failed(key, failure(key, error))
+        else:
+            self._waiting.append(key)
+        self._place_waiting()
+
+    def packed(self, key: AdapterKey, content: str) -> None:
+        """The adapter lies in its extent."""
+        fetch = self._fetches.pop(key)
+        assert fetch.offset is not None, "packed is reported after StartPack only"
+        offset = fetch.offset
+        self._staged[offset] = _Staged(key, content, fetch.identity, fetch.nbytes, fetch.ranks)
+        outdated = self._current.get(key)
+        self._current[key] = offset
+        if outdated is not None and not self._space.is_leased(outdated):
+            self._forget(outdated)
+            self._space.free(outdated)
+        self._answer(fetch, offset)
+        self._give_back(offset)
+        self._place_waiting()
+
+    def failed(self, key: AdapterKey, reason: Failure) -> None:
+        """The adapter cannot be had; nothing of it is left open."""
+        fetch = self._fetches.pop(key)
+        self._give_back_known(fetch)
+        if fetch.offset is not None:
+            self._space.release(fetch.offset)
+            self._space.free(fetch.offset)
+        self._fail(key, fetch.deadlines, reason)
+        self._place_waiting()
+
+    def expire(self, now: float) -> None:
+        """Fail the loads whose time is over. A fetch goes on; it may serve later loads."""
+        for key, fetch in list(self._fetches.items()):
+            late = [deadline for deadline in fetch.deadlines if deadline <= now]
+            if not late:
+                continue
+            fetch.deadlines = [deadline for deadline in fetch.deadlines if deadline > now]
+            what = "found no room in the arena" if key in self._waiting else "was not loaded"
+            error = unavailable(f"it {what} within {self._load_seconds:g} seconds")
+            self._fail(key, late, failure(key, error))
+            if not fetch.deadlines and key in self._waiting:
+                self._waiting.remove(key)
+                del self._fetches[key]
+                self._actions.append(Discard(key))
+
+    def next_deadline(self) -> float | None:
+        """When `expire` has something to do, if nothing else happens."""
+        return min(
+            (min(fetch.deadlines) for fetch in self._fetches.values() if fetch.deadlines),
+            default=None,
+        )
+
+    def take_actions(self) -> list[Action]:
+        actions, self._actions = self._actions, []
+        return actions
+
+    def take_outbox(self) -> list[AdapterStaged | AdapterFailed]:
+        outbox, self._outbox = self._outbox, []
+        return outbox
+
+    def _answer(self, fetch: _Fetch, offset: int) -> None:
+        """Lease the extent to each load that waits."""
+        staged = self._staged[offset]
+        for _ in fetch.deadlines:
+            staged.leases += 1
+            self._space.lease(offset)
+            self._outbox.append(
+                AdapterStaged(staged.key, staged.content, offset, staged.nbytes, staged.ranks)
+            )
+
+    def _fail(self, key: AdapterKey, loads: Iterable[float], reason: Failure) -> None:
+        self._outbox.extend(AdapterFailed(key, reason) for _ in loads)
+
+    def _give_back_known(self, fetch: _Fetch) -> None:
+        if fetch.known is not None:
+            self._give_back(fetch.known)
+            fetch.known = None
+
+    def _give_back(self, offset: int) -> None:
+        """End one lease; outdated content that nobody leases goes at once."""
+        last = self._space.release(offset)
+        if last and self._current.get(self._staged[offset].key) != offset:
+            self._forget(offset)
+            self._space.free(offset)
+
+    def _forget(self, offset: int) -> None:
+        key = self._staged.pop(offset).key
+        if self._current.get(key) == offset:
+            del self._current[key]
+
+    def _place_waiting(self) -> None:
+        """Give room to what waits for it. A small one may pass a large one, whose time is bound."""
+        for key in list(self._waiting):
+            fetch = self._fetches[key]
+            allocation = self._space.allocate(fetch.nbytes)
+            if allocation is None:
+                continue
+            self._waiting.remove(key)
+            for offset in allocation.evicted:
+                self._forget(offset)
+            fetch.offset = allocation.offset
+            self._actions.append(StartPack(key, allocation.offset, fetch.nbytes))

@@ -1,0 +1,174 @@
+"""How many tokens per second the pipeline carries when the GPU takes no time.
+
+    python -m benchmarks.pipeline [--streams 64] [--tokens 4000] [--json FILE]
+
+The real frontend, tokenizer worker, scheduler and adapter loader, a GPU worker that answers at
+once (benchmarks/instant_worker.py), and a client with concurrent SSE streams over HTTP
+(benchmarks/load_client.py), all on the same two cores. CPU time is what the kernel charged each
+process from the first request to the last end, all its threads; a step is one of the GPU worker's.
+"""
+
+import argparse
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from benchmarks.load_client import Load
+from benchmarks.machine import commit, machine
+from pipeline.config import PREFIX, Settings, to_environment
+from pipeline.model_folder import model_folder
+
+CORES = 2
+MODULES = {
+    "frontend": "frontend",
+    "tokenizer_workers": "tokenizer_workers",
+    "scheduler": "scheduler",
+    "adapter_loader": "adapter_loader",
+    "gpu_worker": "benchmarks.instant_worker",
+}
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+
+
+class Pipeline:
+    """The five processes. What each prints is in a file of its name."""
+
+    def __init__(self, settings: Settings, logs: Path) -> None:
+        self._logs = logs
+        others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
+        environment = {**others, **to_environment(settings), "LORADEX_CONFIG": os.devnull}
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        for name, module in MODULES.items():
+            self._processes[name] = self._start(name, module, environment)
+
+    def _start(
+        self, name: str, module: str, environment: dict[str, str]
+    ) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", module]
+        if name == "frontend":  # says when all are ready
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        with (self._logs / name).open("w") as log:
+            return subprocess.Popen(command, env=environment, stdout=log, text=True)
+
+    def wait_until_ready(self) -> None:
+        lines: IO[str] | None = self._processes["frontend"].stdout
+        assert lines is not None
+        if not any("curl" in line for line in lines):
+            raise SystemExit("the pipeline did not start")
+
+    def cpu_seconds(self) -> dict[str, float]:
+        return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
+
+    def stop(self) -> int:
+        """End all; returns how many steps the GPU worker ran."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGTERM)
+        for name, process in self._processes.items():
+            if code := process.wait(60):
+                raise SystemExit(f"{name} ended with {code}")
+        found = re.search(r"steps=(\d+)", (self._logs / "gpu_worker").read_text())
+        assert found is not None
+        return int(found[1])
+
+    def kill(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far, all threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_SECONDS
+
+
+def children_cpu_seconds() -> float:
+    """The same of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(streams: int, tokens: int, settings: Settings, logs: Path) -> dict[str, Any]:
+    pipeline = Pipeline(settings, logs)
+    try:
+        pipeline.wait_until_ready()
+        before = pipeline.cpu_seconds() | {"client": children_cpu_seconds()}
+        client = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks.load_client"),
+                *(settings.host, str(settings.port), str(streams), str(tokens)),
+            ],
+            stdout=subprocess.PIPE,
+        )
+        printed, _ = client.communicate()
+        after = pipeline.cpu_seconds() | {"client": children_cpu_seconds()}
+        if client.returncode:
+            raise SystemExit("the client was not served as it should be")
+        steps = pipeline.stop()
+    finally:
+        pipeline.kill()
+    load = msgspec.json.decode(printed, type=Load)
+    used = {name: after[name] - before[name] for name in before}
+    return {
+        "streams": streams,
+        **msgspec.structs.asdict(load),
+        "steps": steps,
+        "tokens_per_second": load.tokens / load.seconds,
+        "cpu_microseconds_per_step": {
+            name: 1e6 * seconds / steps for name, seconds in used.items()
+        },
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def show(row: dict[str, Any]) -> None:
+    print(
+        f"{row['tokens_per_second']:.0f} tokens/s: {row['tokens']} tokens in {row['seconds']:.2f} s"
+        f" over {row['streams']} streams, {row['events']} events, {row['steps']} steps"
+    )
+    print("| process | CPU per step, µs | of a core |\n|---|---|---|")
+    for name, microseconds in row["cpu_microseconds_per_step"].items():
+        share = microseconds * row["steps"] / 1e6 / row["seconds"]
+        print(f"| {name} | {microseconds:.0f} | {share:.0%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=4000, help="of each stream")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            port=free_port(),
+            model_folder=str(model_folder(Settings())),
+            run_dir=f"{folder}/run",
+            arena_bytes=1 << 20,
+            rows=arguments.streams,
+        )
+        row = measure(arguments.streams, arguments.tokens, settings, Path(folder))
+    show(row)
+    if arguments.json:
+        result = {"machine": machine(), "commit": commit(), **row}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Who may come in: a bounded number of requests, and none once the server drains. Pure."""
+
+from pipeline.errors import RequestError
+from pipeline.messages import FailureKind
+
+
+class Admission:
+    """The places of one frontend, and how many of them each tokenizer worker has to serve.
+
+    places   requests that are in flight at once
+    workers  tokenizer workers to share them out to
+    """
+
+    def __init__(self, *, places: int, workers: int) -> None:
+        self._places = places
+        self._in_flight_of = [0] * workers
+        self._draining = False
+
+    @property
+    def in_flight(self) -> int:
+        return sum(self._in_flight_of)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    def drain(self) -> None:
+        """Let nobody in from now on."""
+        self._draining = True
+
+    def enter(self) -> int:
+        """Take a place; gives the tokenizer worker with the least to do. Raises RequestError."""
+        if self._draining:
+            raise RequestError(503, FailureKind.SHUTDOWN, "The server is shutting down")
+        if self.in_flight >= self._places:
+            raise RequestError(
+                429,
+                FailureKind.OVERLOADED,
+                f"The server has {self._places} requests in flight and takes no more",
+            )
+        worker = self._in_flight_of.index(min(self._in_flight_of))
+        self._in_flight_of[worker] += 1
+        return worker
+
+    def leave(self, worker: int) -> None:
+        """Give back the place that enter gave."""
+        if not self._in_flight_of[worker]:
+            raise ValueError(f"nobody is in flight at tokenizer worker {worker}")
+        self._in_flight_of[worker] -= 1

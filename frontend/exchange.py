@@ -1,0 +1,84 @@
+"""One HTTP exchange: a body in, a reply out, and who notices that the client has gone."""
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+Headers = tuple[tuple[bytes, bytes], ...]
+
+JSON: Headers = ((b"content-type", b"application/json"),)
+RETRY: Headers = ((b"retry-after", b"1"),)
+CLOSE: Headers = ((b"connection", b"close"),)
+
+
+class HttpReply(msgspec.Struct, frozen=True):
+    """A reply that is known in full before its first byte is sent."""
+
+    status: int
+    body: bytes
+    headers: Headers = JSON
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it: a reply is an ASGI application."""
+        length = (b"content-length", str(len(self.body)).encode())
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status,
+                "headers": [*self.headers, length],
+            }
+        )
+        await send({"type": "http.response.body", "body": self.body})
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads what is sent from now on."""
+
+
+class BodyTooLarge(Exception):
+    """More bytes than max_body_bytes; no more than that was kept of it."""
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The first header of this name, given in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
+
+
+def is_json(content_type: str | None) -> bool:
+    """Whether a body of this type is JSON, as application/json and application/x+json are."""
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (
+        kind.startswith("application/") and kind.endswith("+json")
+    )
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body, if it has at most `limit` bytes. Raises BodyTooLarge and ClientGone.
+
+    What a client goes on to send of a body that is too large is thrown away by the server: were
+    the connection closed on it, its own kernel would hide the reply from it.
+    """
+    declared = header(scope, b"content-length")
+    if declared is not None and declared.isdecimal() and int(declared) > limit:
+        raise BodyTooLarge
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise BodyTooLarge
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def wait_until_gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection, or its reply is complete.
+
+    Comes after read_body. A client may send nothing more, so that one call lasts the request.
+    """
+    while (await receive())["type"] != "http.disconnect":
+        pass

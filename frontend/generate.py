@@ -1,0 +1,183 @@
+"""The endpoint of every route that generates: a body becomes a call, and the call a reply."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from starlette.types import Receive, Scope, Send
+
+from frontend import metrics
+from frontend.adapters import UsedAdapters
+from frontend.calls import Call, Dialect, ReplyShape, error_of
+from frontend.downstream import Downstream, Reply
+from frontend.exchange import (
+    CLOSE,
+    RETRY,
+    BodyTooLarge,
+    ClientGone,
+    HttpReply,
+    header,
+    is_json,
+    read_body,
+    wait_until_gone,
+)
+from frontend.processes import Processes
+from frontend.sse import HEADERS, KEEP_ALIVE
+from pipeline.errors import RequestError
+from pipeline.messages import End, Piece
+
+CLIENT_GONE = 499  # in metrics; nobody is sent it
+
+log = logging.getLogger(__name__)
+
+
+class Generate:
+    """One route, as an ASGI application.
+
+    understand  (body, Authorization header) -> what is asked for, or why it cannot be had
+    """
+
+    def __init__(
+        self,
+        route: str,
+        understand: Callable[[bytes, str | None], Call | HttpReply],
+        *,
+        dialect: Dialect,
+        downstream: Downstream,
+        processes: Processes,
+        used: UsedAdapters,
+        max_body_bytes: int,
+    ) -> None:
+        self._route = route
+        self._understand = understand
+        self._dialect = dialect
+        self._downstream = downstream
+        self._processes = processes
+        self._used = used
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = time.monotonic()
+        try:
+            understood = await self._read(scope, receive)
+            if isinstance(understood, Call):
+                status = await self._answer(understood, arrived, scope, receive, send)
+            else:
+                status = understood.status
+                await understood(scope, receive, send)
+        except ClientGone:
+            status = CLIENT_GONE
+        metrics.REQUESTS.labels(self._route, status).inc()
+
+    async def _read(self, scope: Scope, receive: Receive) -> Call | HttpReply:
+        """What the client asks for, or the reply that says what is wrong. Raises ClientGone."""
+        refusal = self._closed()
+        if refusal is not None:
+            return refusal
+        if not is_json(header(scope, b"content-type")):
+            return self._dialect.http_error(415, "Expected a Content-Type of application/json")
+        try:
+            body = await read_body(scope, receive, self._max_body_bytes)
+        except BodyTooLarge:
+            return self._dialect.http_error(
+                413, f"The body is larger than {self._max_body_bytes} bytes"
+            )
+        return self._understand(body, header(scope, b"authorization"))
+
+    def _closed(self) -> HttpReply | None:
+        if self._downstream.admission.draining:
+            return self._dialect.http_error(503, "The server is shutting down", RETRY + CLOSE)
+        missing = self._processes.missing()
+        if missing:
+            sentence = f"The server is starting; not ready yet: {', '.join(missing)}"
+            return self._dialect.http_error(503, sentence, RETRY)
+        return None
+
+    async def _answer(
+        self, call: Call, arrived: float, scope: Scope, receive: Receive, send: Send
+    ) -> int:
+        """Have it done; gives the status that was sent. Raises ClientGone."""
+        try:
+            with self._downstream.start(call.prompt, streamed=call.streamed) as reply:
+                gone = asyncio.create_task(wait_until_gone(receive))
+                gone.add_done_callback(lambda _: reply.client_gone())
+                try:
+                    status, end = await self._send(call, reply, arrived, scope, receive, send)
+                finally:
+                    gone.cancel()
+        except RequestError as error:
+            refusal = call.shape.refusal(error)
+            await refusal(scope, receive, send)
+            return refusal.status
+        self._account(call, end, arrived)
+        return status
+
+    async def _send(
+        self,
+        call: Call,
+        reply: Reply,
+        arrived: float,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> tuple[int, End]:
+        """Nothing is sent before there is something, so that an early failure has its status."""
+        pieces, end = await reply.next()
+        error = error_of(end)
+        if call.streamed and (pieces or error is None):
+            return 200, await self._stream(call.shape, reply, pieces, end, arrived, send)
+        assert end is not None  # a reply that is not streamed comes with its end
+        whole = call.shape.refusal(error) if error else call.shape.whole(pieces, end)
+        await whole(scope, receive, send)
+        return whole.status, end
+
+    async def _stream(
+        self,
+        shape: ReplyShape,
+        reply: Reply,
+        pieces: list[Piece],
+        end: End | None,
+        arrived: float,
+        send: Send,
+    ) -> End:
+        """Send what has come, and go on as more comes. Raises ClientGone.
+
+        What came while the last part was being sent goes out in one part; nothing waits for more.
+        """
+        headers = [*HEADERS, *shape.stream_headers()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        body = shape.opening()
+        started = False
+        while end is None:
+            body += shape.events(pieces) if pieces else KEEP_ALIVE
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+                body = b""
+            if pieces and not started:
+                started = True
+                metrics.FIRST_TOKEN_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
+            pieces, end = await reply.next()
+        error = error_of(end)
+        if error is None:
+            body += shape.closing(pieces, end)
+        else:
+            body += shape.events(pieces) + shape.error_event(error)
+        await send({"type": "http.response.body", "body": body})
+        return end
+
+    def _account(self, call: Call, end: End, arrived: float) -> None:
+        metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
+        if end.failure is not None:
+            metrics.FAILURES.labels(end.failure.kind).inc()
+            log.info(
+                "event=request_failed request_id=%d route=%s kind=%s",
+                end.request_id,
+                self._route,
+                end.failure.kind,
+            )
+            return
+        metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)
+        metrics.GENERATED_TOKENS.inc(end.usage.completion_tokens)
+        if call.prompt.adapter is not None:
+            self._used.add(call.prompt.adapter)

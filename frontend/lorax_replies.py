@@ -1,0 +1,218 @@
+"""Replies as LoRAX writes them: whole, streamed, errors, and the figures in the headers."""
+
+import time
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+
+from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
+from frontend.sse import HEADERS as STREAM_HEADERS
+from frontend.sse import event
+from pipeline.errors import RequestError
+from pipeline.messages import AdapterKey, End, FailureKind, FinishReason, Piece, TokenDetail, Usage
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS: "eos_token",
+    FinishReason.STOP: "stop_sequence",
+}
+
+
+class _Word(msgspec.Struct, frozen=True):
+    """How a kind of failure is told: status, error_type, what comes before the message."""
+
+    status: int
+    error_type: str
+    prefix: str = ""
+
+
+GENERATION = _Word(424, "generation", "Request failed during generation: ")
+WORDS: dict[str, _Word] = {
+    FailureKind.VALIDATION: _Word(422, "validation", "Input validation error: "),
+    FailureKind.TEMPLATE: _Word(422, "template_error", "Failed applying chat template to inputs: "),
+    FailureKind.ADAPTER_NOT_FOUND: GENERATION,
+    FailureKind.ADAPTER_FORBIDDEN: GENERATION,
+    FailureKind.ADAPTER_INVALID: GENERATION,
+    FailureKind.ADAPTER_UNAVAILABLE: GENERATION,
+    FailureKind.OVERLOADED: _Word(429, "overloaded"),
+    FailureKind.TIMEOUT: _Word(503, "timeout"),
+    FailureKind.SHUTDOWN: _Word(503, "shutdown"),
+    FailureKind.INTERNAL: GENERATION,
+}
+HTTP_ERROR_TYPES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "payload_too_large",
+    415: "unsupported_media_type",
+    422: "validation",
+    500: "internal",
+    503: "not_ready",
+}
+HEADERS_OF: dict[str, Headers] = {
+    FailureKind.OVERLOADED: RETRY,
+    FailureKind.TIMEOUT: RETRY,
+    FailureKind.SHUTDOWN: RETRY + CLOSE,
+}
+
+encode = msgspec.json.Encoder().encode
+
+
+def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
+    """See calls.Dialect."""
+    return HttpReply(status, _error(message, HTTP_ERROR_TYPES[status]), JSON + headers)
+
+
+def refusal(error: RequestError, *, streamed: bool) -> HttpReply:
+    """The reply to a request that failed before anything was sent: 200 when it is a stream."""
+    headers = HEADERS_OF.get(error.kind, ())
+    if streamed:
+        return HttpReply(200, event(_error_of(error)), STREAM_HEADERS + headers)
+    return HttpReply(WORDS[error.kind].status, _error_of(error), JSON + headers)
+
+
+def _error_of(error: RequestError) -> bytes:
+    word = WORDS[error.kind]
+    message = "Model is overloaded" if error.kind == FailureKind.OVERLOADED else error.message
+    return _error(word.prefix + message, word.error_type)
+
+
+def _error(message: str, error_type: str) -> bytes:
+    return encode({"error": message, "error_type": error_type})
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What of a request its reply depends on.
+
+    seed          None when nothing was drawn by lot
+    compute_type  what the server runs on
+    """
+
+    inputs: str
+    model_id: str
+    compute_type: str
+    adapter: AdapterKey | None
+    seed: int | None
+    details: bool
+    full_text: bool  # the inputs come before the generated text
+    streamed: bool
+    in_list: bool  # the whole reply is the one element of a list
+
+
+class LoraxShape:
+    """The reply to one request. Implements calls.ReplyShape."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._started = time.monotonic()
+        self._texts = [asked.inputs] if asked.full_text else []
+
+    def whole(self, pieces: list[Piece], end: End) -> HttpReply:
+        self._texts += [piece.text for piece in pieces]
+        reply: dict[str, Any] = {"generated_text": "".join(self._texts)}
+        if self._asked.details:
+            tokens = [_token(token) for piece in pieces for token in piece.tokens]
+            reply["details"] = self._details(end) | {
+                "skipped_tokens": 0,
+                "prefill": [],
+                "tokens": tokens,
+            }
+        headers = JSON + self.stream_headers() + self._figures(end.usage)
+        return HttpReply(200, encode([reply] if self._asked.in_list else reply), headers)
+
+    def refusal(self, error: RequestError) -> HttpReply:
+        return refusal(error, streamed=self._asked.streamed)
+
+    def stream_headers(self) -> Headers:
+        asked = self._asked
+        headers: Headers = (
+            (b"x-compute-type", asked.compute_type.encode()),
+            (b"x-compute-characters", str(len(asked.inputs)).encode()),
+            (b"x-model-id", _header_value(asked.model_id)),
+        )
+        if asked.adapter is None:
+            return headers
+        return (
+            *headers,
+            (b"x-adapter-id", _header_value(asked.adapter.id)),
+            (b"x-adapter-source", asked.adapter.source.encode()),
+        )
+
+    def opening(self) -> bytes:
+        return b""
+
+    def events(self, pieces: list[Piece]) -> bytes:
+        """One event per token."""
+        self._texts += [piece.text for piece in pieces]
+        return b"".join([_token_event(token) for piece in pieces for token in piece.tokens])
+
+    def closing(self, pieces: list[Piece], end: End) -> bytes:
+        """The event of the last token says what became of it all."""
+        self._texts += [piece.text for piece in pieces]
+        tokens = [token for piece in pieces for token in piece.tokens] or [NO_TOKEN]
+        events = [_token_event(token) for token in tokens[:-1]]
+        details = self._details(end) if self._asked.details else None
+        events.append(_token_event(tokens[-1], "".join(self._texts), details))
+        return b"".join(events)
+
+    def error_event(self, error: RequestError) -> bytes:
+        return event(_error_of(error))
+
+    def _details(self, end: End) -> dict[str, Any]:
+        return {
+            "finish_reason": FINISH_REASONS[end.reason],
+            "prompt_tokens": end.usage.prompt_tokens,
+            "generated_tokens": end.usage.completion_tokens,
+            "seed": self._asked.seed,
+        }
+
+    def _figures(self, usage: Usage) -> Headers:
+        """Counts, and times in milliseconds. Inference begins with the first step."""
+        total = time.monotonic() - self._started
+        inference = max(0.0, usage.total_seconds - usage.queue_seconds)
+        to_first_token = max(0.0, usage.first_token_seconds - usage.queue_seconds)
+        generated = usage.completion_tokens
+        seconds = {
+            b"x-compute-time": total,
+            b"x-total-time": total,
+            b"x-validation-time": max(0.0, total - usage.total_seconds),
+            b"x-queue-time": usage.queue_seconds,
+            b"x-inference-time": inference,
+            b"x-time-per-token": inference / max(1, generated),
+            b"x-time-to-first-token": to_first_token,
+            b"x-time-per-output-token": (inference - to_first_token) / max(1, generated - 1),
+        }
+        counts = {
+            b"x-prompt-tokens": usage.prompt_tokens,
+            b"x-generated-tokens": generated,
+            b"x-skipped-tokens": 0,
+            b"x-total-tokens": usage.prompt_tokens + generated,
+        }
+        counts |= {name: round(value * 1000) for name, value in seconds.items()}
+        return tuple((name, str(count).encode()) for name, count in counts.items())
+
+
+# Stands in the last event when the end comes without a token; its text is certain.
+NO_TOKEN = TokenDetail(id=0, text="", logprob=0.0, special=True)
+
+
+def _token(token: TokenDetail) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+        "skipped": False,  # nothing is speculated
+    }
+
+
+def _token_event(
+    token: TokenDetail, text: str | None = None, details: dict[str, Any] | None = None
+) -> bytes:
+    return event(encode({"token": _token(token), "generated_text": text, "details": details}))
+
+
+def _header_value(text: str) -> bytes:
+    """Percent-encoded where it is not plain ASCII, which is all that a header may hold."""
+    return quote(text, safe="/:@!$&'()*+,;= ").encode()

@@ -1,0 +1,207 @@
+"""Replies as OpenAI writes them: whole, streamed, and errors."""
+
+import secrets
+import time
+from typing import Any
+
+import msgspec
+
+from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
+from frontend.parameters import ParameterError
+from frontend.sse import DONE, event
+from pipeline.errors import RequestError
+from pipeline.messages import End, FailureKind, FinishReason, Piece, Usage
+
+FINISH_REASONS = {
+    FinishReason.LENGTH: "length",
+    FinishReason.EOS: "stop",
+    FinishReason.STOP: "stop",
+}
+CODES: dict[str, str | None] = {
+    FailureKind.VALIDATION: None,
+    FailureKind.TEMPLATE: "template_error",
+    FailureKind.ADAPTER_NOT_FOUND: "model_not_found",
+    FailureKind.ADAPTER_FORBIDDEN: "model_forbidden",
+    FailureKind.ADAPTER_INVALID: "model_invalid",
+    FailureKind.ADAPTER_UNAVAILABLE: "model_unavailable",
+    FailureKind.OVERLOADED: "rate_limit_exceeded",
+    FailureKind.TIMEOUT: "timeout",
+    FailureKind.SHUTDOWN: "shutting_down",
+    FailureKind.INTERNAL: "internal_error",
+}
+HTTP_CODES = {
+    404: "unknown_url",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+    500: "internal_error",
+    503: "not_ready",
+}
+TYPES = {403: "permission_error", 429: "rate_limit_error"}  # others follow from the status
+HEADERS_OF: dict[str, Headers] = {
+    FailureKind.OVERLOADED: RETRY,
+    FailureKind.TIMEOUT: RETRY,
+    FailureKind.SHUTDOWN: RETRY + CLOSE,
+}
+
+encode = msgspec.json.Encoder().encode
+
+
+def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
+    """See calls.Dialect."""
+    body = _error(status, message, code=HTTP_CODES.get(status))
+    return HttpReply(status, body, JSON + headers)
+
+
+def refusal(error: RequestError) -> HttpReply:
+    """The reply to a request that failed before anything was sent."""
+    headers = JSON + HEADERS_OF.get(error.kind, ())
+    return HttpReply(_status(error), _error_of(error), headers)
+
+
+def _status(error: RequestError) -> int:
+    """Prompts that do not fit are bad requests here, whatever they are elsewhere."""
+    wrong = error.kind in (FailureKind.VALIDATION, FailureKind.TEMPLATE)
+    return 400 if wrong else error.status
+
+
+def _error_of(error: RequestError) -> bytes:
+    parameter = error.parameter if isinstance(error, ParameterError) else None
+    if error.kind == FailureKind.ADAPTER_NOT_FOUND:
+        parameter = "model"
+    return _error(_status(error), error.message, code=CODES[error.kind], parameter=parameter)
+
+
+def _error(
+    status: int, message: str, *, code: str | None = None, parameter: str | None = None
+) -> bytes:
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return encode({"error": {"message": message, "type": kind, "param": parameter, "code": code}})
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+class _Shape:
+    """What a chat completion and a completion have in common. Implements calls.ReplyShape.
+
+    model          as the client called it
+    include_usage  whether the last chunk of a stream counts the tokens
+    """
+
+    PREFIX: str  # of the id
+    OBJECT: str
+    CHUNK_OBJECT: str
+    BEFORE_TEXT: bytes  # in a chunk's choice, and what follows the text
+    AFTER_TEXT: bytes
+    LAST_CHOICE: dict[str, Any]  # of a chunk that carries the finish reason
+
+    def __init__(self, *, model: str, include_usage: bool) -> None:
+        self._id = self.PREFIX + secrets.token_hex(12)
+        self._created = int(time.time())
+        self._model = model
+        self._include_usage = include_usage
+        head = encode(self._object(self.CHUNK_OBJECT))[:-1] + b',"choices":['
+        self._before_text = b"data: " + head + b'{"index":0,' + self.BEFORE_TEXT
+        usage = b',"usage":null' if include_usage else b""
+        self._after_text = self.AFTER_TEXT + b',"logprobs":null,"finish_reason":null}]'
+        self._after_text += usage + b"}\n\n"
+
+    def whole(self, pieces: list[Piece], end: End) -> HttpReply:
+        text = "".join([piece.text for piece in pieces])
+        choice = {
+            "index": 0,
+            **self._content(text),
+            "logprobs": None,
+            "finish_reason": FINISH_REASONS[end.reason],
+        }
+        return HttpReply(
+            200,
+            encode({**self._object(self.OBJECT), "choices": [choice], "usage": _usage(end.usage)}),
+        )
+
+    def refusal(self, error: RequestError) -> HttpReply:
+        return refusal(error)
+
+    def stream_headers(self) -> Headers:
+        return ()
+
+    def opening(self) -> bytes:
+        raise NotImplementedError
+
+    def events(self, pieces: list[Piece]) -> bytes:
+        """The bytes around the text are the same for each chunk, and made once."""
+        before, after = self._before_text, self._after_text
+        return b"".join([before + encode(piece.text) + after for piece in pieces if piece.text])
+
+    def closing(self, pieces: list[Piece], end: End) -> bytes:
+        choice = {
+            "index": 0,
+            **self.LAST_CHOICE,
+            "logprobs": None,
+            "finish_reason": FINISH_REASONS[end.reason],
+        }
+        events = self.events(pieces) + self._chunk([choice])
+        if self._include_usage:
+            events += self._chunk([], usage=_usage(end.usage))
+        return events + DONE
+
+    def error_event(self, error: RequestError) -> bytes:
+        return event(_error_of(error))
+
+    def _content(self, text: str) -> dict[str, Any]:
+        """What the choice of a whole reply holds the text in."""
+        raise NotImplementedError
+
+    def _object(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        chunk = {**self._object(self.CHUNK_OBJECT), "choices": choices}
+        if self._include_usage:
+            chunk["usage"] = usage
+        return event(encode(chunk))
+
+
+class ChatShape(_Shape):
+    """A chat completion."""
+
+    PREFIX = "chatcmpl-"
+    OBJECT = "chat.completion"
+    CHUNK_OBJECT = "chat.completion.chunk"
+    BEFORE_TEXT = b'"delta":{"content":'
+    AFTER_TEXT = b"}"
+    LAST_CHOICE = {"delta": {}}
+
+    def opening(self) -> bytes:
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+
+class CompletionShape(_Shape):
+    """A completion. With `echo`, the prompt comes before its text."""
+
+    PREFIX = "cmpl-"
+    OBJECT = CHUNK_OBJECT = "text_completion"
+    BEFORE_TEXT = b'"text":'
+    AFTER_TEXT = b""
+    LAST_CHOICE = {"text": ""}
+
+    def __init__(self, *, model: str, include_usage: bool, echo: str = "") -> None:
+        super().__init__(model=model, include_usage=include_usage)
+        self._echo = echo
+
+    def opening(self) -> bytes:
+        return self._before_text + encode(self._echo) + self._after_text if self._echo else b""
+
+    def _content(self, text: str) -> dict[str, Any]:
+        return {"text": self._echo + text}

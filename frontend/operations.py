@@ -1,0 +1,115 @@
+"""What operators and their machines ask for: health, facts, metrics, and the list of models."""
+
+import asyncio
+import importlib.metadata
+import time
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+
+from frontend.adapters import UsedAdapters, scope_of, source_token
+from frontend.admission import Admission
+from frontend.exchange import JSON, RETRY, HttpReply
+from frontend.openai_replies import refusal
+from frontend.parameters import ParameterError
+from frontend.processes import Processes
+from pipeline.adapter_roots import list_local
+from pipeline.config import Settings
+from pipeline.metrics import exposition, snapshot
+
+METRICS_TYPE = ((b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode()),)
+
+encode = msgspec.json.Encoder().encode
+
+
+class Operations:
+    """The endpoints."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        index: int,
+        *,
+        processes: Processes,
+        admission: Admission,
+        used: UsedAdapters,
+    ) -> None:
+        self._settings = settings
+        self._index = index
+        self._processes = processes
+        self._admission = admission
+        self._used = used
+        self._started = int(time.time())
+        self._version = _version()
+
+    async def health(self, request: Request) -> HttpReply:
+        """200 when a request would be let in, as far as that is for us to say; else 503."""
+        missing = self._processes.missing()
+        if not missing and not self._admission.draining:
+            return HttpReply(200, b"", ())
+        why = f"waiting for {', '.join(missing)}" if missing else "shutting down"
+        body = {"error": f"unhealthy: {why}", "error_type": "healthcheck"}
+        return HttpReply(503, encode(body), JSON + RETRY)
+
+    async def info(self, request: Request) -> HttpReply:
+        """LoRAX's facts, as far as they mean something here, and what each process says."""
+        settings, fact = self._settings, self._processes.fact
+        total = fact("tokenizer_workers", "max_total_tokens")
+        return HttpReply(
+            200,
+            encode(
+                {
+                    "model_id": settings.model_id,
+                    "model_sha": settings.model_revision or None,
+                    "model_dtype": fact("gpu_worker", "dtype"),
+                    "model_device_type": fact("gpu_worker", "device"),
+                    "model_pipeline_tag": None,
+                    "max_concurrent_requests": settings.max_concurrent_requests,
+                    "max_best_of": 1,
+                    "max_stop_sequences": settings.max_stop_sequences,
+                    "max_input_length": total - 1 if isinstance(total, int) else None,
+                    "max_total_tokens": total,
+                    "validation_workers": settings.tokenizer_workers,
+                    "version": self._version,
+                    "processes": self._processes.facts(),
+                }
+            ),
+        )
+
+    async def metrics(self, request: Request) -> HttpReply:
+        """Prometheus' text format: every process as it last reported, this one as it is."""
+        families = self._processes.families()
+        families[("frontend", self._index)] = snapshot()
+        return HttpReply(200, exposition(families), METRICS_TYPE)
+
+    async def models(self, request: Request) -> HttpReply:
+        """The base model, and the adapters that are known: local ones, and those in use."""
+        try:
+            token = source_token(None, request.headers.get("authorization"))
+        except ParameterError as error:
+            return refusal(error)
+        roots = self._settings.adapter_roots()
+        local = await asyncio.to_thread(lambda: list(list_local(roots)))
+        names = dict.fromkeys([*local, *self._used.names(scope_of(token))])
+        base = self._settings.model_id
+        models = [self._model(base, None), *(self._model(name, base) for name in names)]
+        return HttpReply(200, encode({"object": "list", "data": models}))
+
+    def _model(self, name: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "loradex",
+            "root": name,
+            "parent": parent,
+        }
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("loradex")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout
+        return "0+unknown"

@@ -1,0 +1,71 @@
+"""The parameters that both families of routes know, under whatever name."""
+
+import re
+import secrets
+from typing import TypeVar
+
+import msgspec
+
+from pipeline.errors import RequestError
+from pipeline.messages import FailureKind
+
+SEED_BITS = 63  # of a seed that we choose: it fits a signed integer of any client
+MAX_SEED = (1 << 64) - 1
+
+T = TypeVar("T")
+
+
+class ParameterError(RequestError):
+    """A parameter cannot be honoured. `parameter` is its name or a path to it, if it has one."""
+
+    def __init__(self, parameter: str | None, message: str) -> None:
+        super().__init__(400, FailureKind.VALIDATION, message)
+        self.parameter = parameter
+
+
+class MalformedJson(Exception):
+    """A body is not JSON at all, as opposed to JSON of a wrong shape."""
+
+
+def decode(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Raises MalformedJson, and ParameterError for what has another type than it should."""
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        raise ParameterError(_path_in(message), message) from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MalformedJson(f"The body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise MalformedJson("The body is not JSON that we read: it is nested too deeply") from error
+
+
+def _path_in(message: str) -> str | None:
+    """What msgspec complains of: it names a field that is missing or unknown, else a path."""
+    _, _, path = message.partition(" - at `$")
+    field = re.search(r"field `([^`]*)`", message)
+    path = path.rstrip("`").lstrip(".")
+    if field is None:
+        return path or None
+    return f"{path}.{field[1]}" if path else field[1]
+
+
+def random_seed() -> int:
+    return secrets.randbits(SEED_BITS)
+
+
+def stop_strings(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
+    """Raises ParameterError; the sentence about the limit is LoRAX's."""
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if len(strings) > limit:
+        raise ParameterError(
+            "stop", f"`stop` supports up to {limit} stop sequences. Given: {len(strings)}"
+        )
+    if not all(strings):
+        raise ParameterError("stop", "`stop` strings cannot be empty")
+    return strings
+
+
+def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
+    """Whether an option that is not implemented was given a value that asks for nothing."""
+    return value is None or any(value == one and type(value) is type(one) for one in neutral)

@@ -1,0 +1,94 @@
+"""The state of each request's reply: pieces of text come in, exactly one end goes out. Pure.
+
+A request is known from `open` to `close`. What arrives for any other is ignored: the pieces of a
+request whose client has gone are still on their way when it is closed.
+"""
+
+from collections.abc import Callable
+
+from pipeline.messages import End, Failure, FinishReason, Piece, Pieces, Usage
+
+
+class Stream:
+    """What has come for one request and has not been taken.
+
+    wake      called when there is something to take: for each piece and the end, or for the end
+              alone when the reply is not streamed
+    streamed  see wake
+    """
+
+    __slots__ = ("_end", "_pieces", "_streamed", "_wake", "ended", "request_id")
+
+    def __init__(self, request_id: int, *, wake: Callable[[], None], streamed: bool) -> None:
+        self.request_id = request_id
+        self.ended = False  # its end has come, taken or not
+        self._pieces: list[Piece] = []
+        self._end: End | None = None
+        self._wake = wake
+        self._streamed = streamed
+
+    def push(self, piece: Piece) -> None:
+        if self.ended:
+            return
+        self._pieces.append(piece)
+        if self._streamed:
+            self._wake()
+
+    def finish(self, end: End) -> None:
+        """The first end counts; a second one is ignored."""
+        if self.ended:
+            return
+        self.ended = True
+        self._end = end
+        self._wake()
+
+    def take(self) -> tuple[list[Piece], End | None]:
+        """All that has come since the last call; an end is given out once, with the last pieces.
+
+        Of a reply that is not streamed, nothing before its end.
+        """
+        if not (self._streamed or self.ended):
+            return [], None
+        pieces, self._pieces = self._pieces, []
+        end, self._end = self._end, None
+        return pieces, end
+
+
+class Streams:
+    """The open requests."""
+
+    def __init__(self) -> None:
+        self._streams: dict[int, Stream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def open(self, request_id: int, *, wake: Callable[[], None], streamed: bool) -> Stream:
+        if request_id in self._streams:
+            raise ValueError(f"request {request_id} is open already")
+        stream = Stream(request_id, wake=wake, streamed=streamed)
+        self._streams[request_id] = stream
+        return stream
+
+    def close(self, request_id: int) -> None:
+        del self._streams[request_id]
+
+    def deliver(self, message: Pieces) -> None:
+        """Hand out what a step gave. A request's piece precedes its end."""
+        streams = self._streams
+        for piece in message.pieces:
+            stream = streams.get(piece.request_id)
+            if stream is not None:
+                stream.push(piece)
+        for end in message.ends:
+            stream = streams.get(end.request_id)
+            if stream is not None:
+                stream.finish(end)
+
+    def fail(self, failure: Failure) -> list[int]:
+        """End all that have not ended, for our own reason; gives their request ids."""
+        running = [stream for stream in self._streams.values() if not stream.ended]
+        for stream in running:
+            usage = Usage(prompt_tokens=0, completion_tokens=0)
+            stream.finish(End(stream.request_id, FinishReason.ERROR, usage, failure))
+        return [stream.request_id for stream in running]

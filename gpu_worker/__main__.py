@@ -1,0 +1,73 @@
+"""The process: reads steps from its inbox, runs them, sends what they gave.
+
+Waits for the disk only before it is ready; the arena that it maps later is shared memory.
+"""
+
+import time
+from pathlib import Path
+from typing import assert_never
+
+from gpu_worker.build import build_worker
+from gpu_worker.figures import Figures
+from pipeline.arena import attach
+from pipeline.channels import Inbox, Outbox
+from pipeline.config import Settings
+from pipeline.messages import AttachArena, ProcessReady, Shutdown, Stats, Step, ToGpuWorker
+from pipeline.metrics import snapshot
+from pipeline.model_folder import model_folder
+from pipeline.process import run
+
+NAME = "gpu_worker"
+
+
+def main(settings: Settings, index: int) -> None:
+    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, index, ToGpuWorker)
+    outbox = Outbox(settings.run_folder())
+    try:
+        Process(settings, index, inbox, outbox).run()
+    finally:
+        outbox.close()
+        inbox.close()
+
+
+class Process:
+    """The worker between its sockets."""
+
+    def __init__(
+        self, settings: Settings, index: int, inbox: Inbox[ToGpuWorker], outbox: Outbox
+    ) -> None:
+        self._settings = settings
+        self._index = index
+        self._inbox = inbox
+        self._outbox = outbox
+        built = build_worker(settings, model_folder(settings), Figures(), index)
+        self._worker = built.worker
+        outbox.send("scheduler", built.ready)
+        self._to_frontends(ProcessReady(NAME, index, built.facts))
+
+    def run(self) -> None:
+        """Until the scheduler says that no step will follow."""
+        stats_due = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= stats_due:
+                self._to_frontends(Stats(NAME, self._index, snapshot()))
+                stats_due = now + self._settings.stats_seconds
+            for message in self._inbox.receive(int((stats_due - now) * 1000) + 1):
+                match message:
+                    case Step():
+                        self._outbox.send("scheduler", self._worker.run(message))
+                    case AttachArena():
+                        self._worker.attach_arena(attach(Path(message.path), message.nbytes))
+                    case Shutdown():
+                        return
+                    case _:
+                        assert_never(message)
+
+    def _to_frontends(self, message: ProcessReady | Stats) -> None:
+        for frontend in range(self._settings.frontends):
+            self._outbox.send("frontend", message, frontend)
+
+
+if __name__ == "__main__":
+    run(NAME, main)

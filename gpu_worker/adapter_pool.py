@@ -1,0 +1,110 @@
+"""The adapter pool: packed adapters in one run of device memory, where the scheduler puts them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from mmap import mmap
+
+import torch
+from torch import Tensor
+
+from gpu_worker.device import zeros
+from gpu_worker.kernels import Adapter, GroupWeights
+from pipeline.adapter_layout import (
+    GROUPS,
+    MODULES,
+    AdapterLayout,
+    ModuleShape,
+    Placement,
+    layout,
+    unpack_ranks,
+)
+from pipeline.messages import AdapterCopy
+
+
+class AdapterPool:
+    """Owns the device's copies of adapters.
+
+    The scheduler decides what lies where, and never names a slot whose bytes it has given away.
+    """
+
+    def __init__(
+        self,
+        *,
+        nbytes: int,
+        shapes: tuple[ModuleShape, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._pool = zeros((nbytes,), dtype=torch.uint8, device=device)
+        self._shapes = shapes
+        self._dtype = dtype
+        self._arena: Tensor | None = None
+        self._adapters: dict[int, Adapter] = {}
+        self._versions = 0
+
+    @property
+    def adapters(self) -> Mapping[int, Adapter]:
+        """The resident adapters by slot."""
+        return self._adapters
+
+    def attach_arena(self, arena: mmap) -> None:
+        """Copy out of this from now on; it stays mapped as long as the pool holds it."""
+        self._arena = torch.frombuffer(arena, dtype=torch.uint8)
+
+    def copy(self, copies: Iterable[AdapterCopy]) -> int:
+        """Bring adapters in, each in place of what its slot held. Returns the bytes copied.
+
+        The arena is not read any more when this returns.
+        """
+        copied = 0
+        for copy in copies:
+            if self._arena is None:
+                raise ValueError("an adapter is to be copied before the arena is attached")
+            target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
+            target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
+            self._versions += 1
+            self._adapters[copy.slot] = self._views(target, unpack_ranks(copy.ranks))
+            copied += copy.nbytes
+        return copied
+
+    def _views(self, packed: Tensor, ranks: Sequence[int]) -> Adapter:
+        places = layout(ranks, self._shapes, self._dtype.itemsize)
+        if places.nbytes != packed.numel():
+            raise ValueError(f"{packed.numel()} bytes for an adapter of {places.nbytes}")
+        layers = len(ranks) // len(MODULES)
+        groups = tuple(
+            tuple(self._group(packed, places, layer, group) for group in GROUPS)
+            for layer in range(layers)
+        )
+        return Adapter(version=self._versions, nbytes=places.nbytes, groups=groups)
+
+    def _group(
+        self, packed: Tensor, places: AdapterLayout, layer: int, group: tuple[int, ...]
+    ) -> GroupWeights:
+        of_modules = [(self._shapes[module], places.at(layer, module)) for module in group]
+        return GroupWeights(
+            lora_a=self._stacked_a(packed, of_modules),
+            lora_b=tuple(
+                self._matrix(packed, place.b_offset, shape.out_features, place.rank)
+                for shape, place in of_modules
+            ),
+        )
+
+    def _stacked_a(self, packed: Tensor, of_modules: list[tuple[ModuleShape, Placement]]) -> Tensor:
+        """A view, unless the As do not follow each other without a gap, as in odd small models."""
+        in_features = of_modules[0][0].in_features
+        ranks = [place.rank for _, place in of_modules]
+        row_bytes = in_features * self._dtype.itemsize
+        start = end = of_modules[0][1].a_offset
+        for _, place in of_modules:
+            if place.rank and place.a_offset != end:
+                parts = [
+                    self._matrix(packed, place.a_offset, place.rank, in_features)
+                    for _, place in of_modules
+                ]
+                return torch.cat(parts)
+            end += place.rank * row_bytes
+        return self._matrix(packed, start, sum(ranks), in_features)
+
+    def _matrix(self, packed: Tensor, offset: int, rows: int, columns: int) -> Tensor:
+        nbytes = rows * columns * self._dtype.itemsize
+        return packed[offset : offset + nbytes].view(self._dtype).view(rows, columns)

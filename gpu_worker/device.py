@@ -1,0 +1,42 @@
+"""Where the worker computes: device, dtype, threads, and memory that is there when first used."""
+
+import math
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import ConfigError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(setting: str) -> torch.device:
+    """Raises ConfigError when CUDA is asked for and not there."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda is asked for, and torch finds no CUDA device")
+    if setting == "auto":
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(setting)
+
+
+def choose_dtype(setting: str, checkpoint: str) -> torch.dtype:
+    """`auto` is what the checkpoint says of itself. Raises ConfigError."""
+    name = checkpoint if setting == "auto" else setting
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: the checkpoint's dtype {name} is not supported; set another")
+    return DTYPES[name]
+
+
+def set_threads(setting: int) -> None:
+    """0: as many as this process may run on."""
+    torch.set_num_threads(setting or len(os.sched_getaffinity(0)))
+
+
+def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros. On the CPU, pages of it take memory and time only once they are used."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(memory).view(dtype).view(shape)

@@ -1,0 +1,48 @@
+"""LoRA kernels: y += B A x for tokens of many adapters, and what they are given.
+
+A group is a set of modules that read the same input (adapter_layout.GROUPS); their outputs stand
+side by side in one tensor.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from gpu_worker.kernels.segments import Segment
+
+
+class GroupWeights(NamedTuple):
+    """The matrices of one adapter for one group of one layer, in the compute dtype."""
+
+    lora_a: Tensor  # [sum of the modules' ranks, in]
+    lora_b: tuple[Tensor, ...]  # one [out, rank] per module of the group; the rank may be 0
+
+
+class Adapter(NamedTuple):
+    """A resident adapter; its tensors lie in the adapter pool.
+
+    version  no other adapter has it, not even the next one in the same slot
+    """
+
+    version: int
+    nbytes: int
+    groups: tuple[tuple[GroupWeights, ...], ...]  # [layer][group]
+
+
+class LoraPlan(Protocol):
+    """What the kernels have worked out for one step, for all its layers."""
+
+    def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
+        """y += B A x, each token with its own adapter; those of the base model stay as they are.
+
+        x  [tokens, in]
+        y  [tokens, sum of the modules' out], the modules of the group side by side; changed
+        """
+        ...
+
+
+class LoraKernels(Protocol):
+    def plan(self, segments: list[Segment], adapters: Mapping[int, Adapter]) -> LoraPlan:
+        """Called once per step, before its first layer; adapters is by slot."""
+        ...

@@ -1,0 +1,78 @@
+"""The row table: what the worker knows of each running sequence, in numpy."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.messages import NewRow
+
+SAMPLING = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("top_k", np.int64),
+        ("min_p", np.float32),
+        ("typical_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("seed", np.uint64),
+    ]
+)  # messages.Sampling, field by field
+
+
+class RowTable:
+    """Owns the rows; a step names them by number.
+
+    rows        how many there are
+    row_tokens  tokens that one row may hold, prompt and output together
+    """
+
+    def __init__(self, *, rows: int, row_tokens: int, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
+        self.slot = np.full(rows, -1, np.int64)  # of its adapter; -1 is the base model
+        self.length = np.zeros(rows, np.int64)  # tokens that are known; 0: the row is free
+        self.prompt_tokens = np.zeros(rows, np.int64)
+        self.blocks = np.zeros(rows, np.int64)  # entries of its page table
+        self.page_table = np.zeros((rows, -(-row_tokens // block_tokens)), np.int64)
+        self.history = np.zeros((rows, row_tokens + 1), np.int32)  # +1: sampled, never fed
+        self.sampling = np.zeros(rows, SAMPLING)
+        self.logprobs = np.zeros(rows, np.bool_)
+
+    def free(self, rows: NDArray[np.int32]) -> None:
+        self.length[rows] = 0
+        self.blocks[rows] = 0
+
+    def take(self, new: NewRow) -> NDArray[np.int64]:
+        """Give a row to a sequence. Returns its blocks that hold nothing of it yet."""
+        row = new.row
+        tokens = np.frombuffer(new.token_ids, np.int32)
+        blocks = np.frombuffer(new.blocks, np.int32).astype(np.int64)
+        self.slot[row] = new.slot
+        self.length[row] = len(tokens)
+        self.prompt_tokens[row] = new.prompt_tokens
+        self.history[row, : len(tokens)] = tokens
+        self.blocks[row] = len(blocks)
+        self.page_table[row, : len(blocks)] = blocks
+        self.sampling[row] = tuple(getattr(new.sampling, name) for name in SAMPLING.names or ())
+        self.logprobs[row] = new.logprobs
+        return blocks[-(-new.cached_tokens // self._block_tokens) :]
+
+    def append_blocks(self, rows: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
+        """Row rows[i] gets blocks[i] as its next; a row may occur more than once."""
+        for row, block in zip(rows.tolist(), blocks.tolist(), strict=True):
+            self.page_table[row, self.blocks[row]] = block
+            self.blocks[row] += 1
+
+    def append_tokens(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        """Row rows[i] has produced tokens[i]; no row occurs twice. -1 is kept as token 0: what
+        follows it is dropped, but may be on its way already."""
+        self.history[rows, self.length[rows]] = np.maximum(tokens, 0)
+        self.length[rows] += 1
+
+    def kv_slots(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the keys and values of these tokens lie. Raises ValueError if a row has no block
+        for one of them: writing there would spoil somebody else's."""
+        blocks = positions // self._block_tokens
+        if (blocks >= self.blocks[rows]).any():
+            raise ValueError("a step feeds a token that its row has no block for")
+        return self.page_table[rows, blocks] * self._block_tokens + positions % self._block_tokens

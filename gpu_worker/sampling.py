@@ -1,0 +1,133 @@
+"""Choosing the next token of each row, vectorised over rows.
+
+In the order of LoRAX and Hugging Face: repetition penalty, frequency and presence penalty,
+temperature, top_k, top_p, typical_p, min_p, draw. What a row gets does not depend on the others
+of its batch: its logits are its own, its random number comes from its seed and position.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpu_worker.filters import filter_
+from gpu_worker.randomness import uniform
+
+NOT_FINITE = -1
+
+
+class SampledRows(NamedTuple):
+    """The rows of a step that get a token, in order."""
+
+    params: NDArray[np.void]  # rows.SAMPLING[sampled]
+    rows: NDArray[np.int64]  # [sampled], into history
+    history: NDArray[np.int32]  # [all rows, tokens]: prompt, then output
+    lengths: NDArray[np.int64]  # [sampled], tokens in history
+    prompt_tokens: NDArray[np.int64]  # [sampled], the first of them
+    logprobs: NDArray[np.bool_]  # [sampled], who wants one
+
+
+def sample(
+    logits: Tensor, rows: SampledRows
+) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+    """Choose a token for each row.
+
+    logits   [sampled, vocabulary], compute dtype; not changed
+    returns  tokens [sampled], -1 where the logits are not finite; and what `logprobs` gives, or
+             None when no row wants it
+    """
+    params = rows.params
+    penalised = (
+        (params["repetition_penalty"] != 1)
+        | (params["frequency_penalty"] != 0)
+        | (params["presence_penalty"] != 0)
+    )
+    scores = logits
+    if penalised.any():
+        scores = logits.float()
+        indices = np.flatnonzero(penalised)
+        at = torch.from_numpy(indices).to(logits.device)
+        scores = scores.index_copy(0, at, penalise(scores[at], _only(rows, indices)))
+    tokens = scores.argmax(-1)
+    finite = scores.gather(1, tokens[:, None]).isfinite()[:, 0]  # argmax finds NaN and infinity
+    drawn = np.flatnonzero(params["temperature"] > 0)
+    if len(drawn):
+        at = torch.from_numpy(drawn).to(logits.device)
+        tokens.index_copy_(0, at, draw(scores[at].float(), _only(rows, drawn)))
+    result: NDArray[np.int64] = tokens.where(finite, NOT_FINITE).cpu().numpy()
+    return result, logprobs(logits, result, rows.logprobs) if rows.logprobs.any() else None
+
+
+def penalise(scores: Tensor, rows: SampledRows) -> Tensor:
+    """Apply the penalties for what rows have said already.
+
+    Repetition counts prompt and output, and divides or multiplies away from likely (CTRL,
+    arXiv:1909.05858); frequency and presence count the output alone, as OpenAI's do.
+
+    scores   fp32[n, vocabulary]
+    returns  the same shape, the caller's
+    """
+    device = scores.device
+    columns = np.arange(rows.lengths.max())
+    known = columns[None, :] < rows.lengths[:, None]
+    history = rows.history[rows.rows, : len(columns)].astype(np.int64)
+    ids = torch.from_numpy(np.where(known, history, history[:, :1])).to(device)
+    output = known & (columns[None, :] >= rows.prompt_tokens[:, None])
+    counts = torch.zeros_like(scores)
+    counts.scatter_add_(1, ids, torch.from_numpy(output.astype(np.float32)).to(device))
+    count = counts.gather(1, ids)
+    repetition = _column(rows.params["repetition_penalty"], device)
+    score = scores.gather(1, ids)
+    score = torch.where(score < 0, score * repetition, score / repetition)
+    score -= _column(rows.params["frequency_penalty"], device) * count
+    score -= _column(rows.params["presence_penalty"], device) * (count > 0)
+    return scores.scatter(1, ids, score)  # the same id always gets the same score
+
+
+def draw(scores: Tensor, rows: SampledRows) -> Tensor:
+    """Draw from the filtered distribution, by inverting its cumulative sum in vocabulary order.
+
+    scores   fp32[n, vocabulary], changed
+    returns  int64[n]
+    """
+    device = scores.device
+    scores /= _column(rows.params["temperature"], device)
+    filter_(scores, rows.params)
+    scores -= scores.amax(-1, keepdim=True)
+    cumulative = scores.exp_().cumsum(-1, dtype=torch.float64)
+    numbers = torch.from_numpy(uniform(rows.params["seed"], rows.lengths)).to(device)
+    target = numbers[:, None] * cumulative[:, -1:]  # below the total: a number is at most 1 - 2^-52
+    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return chosen.clamp_(max=scores.shape[1] - 1)  # only a row that is not finite leads beyond
+
+
+def logprobs(
+    logits: Tensor, tokens: NDArray[np.int64], wanted: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """The log-probability of each chosen token under the model itself, before penalties,
+    temperature and filters; 0 where nobody wants it or the logits are not finite."""
+    values = np.zeros(len(tokens), np.float32)
+    indices = np.flatnonzero(wanted & (tokens != NOT_FINITE))
+    at = torch.from_numpy(indices).to(logits.device)
+    chosen = torch.from_numpy(tokens[indices]).to(logits.device)
+    exact = logits[at].float()
+    of_chosen = exact.gather(1, chosen[:, None])[:, 0] - exact.logsumexp(-1)
+    values[indices] = of_chosen.cpu().numpy()
+    return values
+
+
+def _only(rows: SampledRows, indices: NDArray[np.int64]) -> SampledRows:
+    return SampledRows(
+        params=rows.params[indices],
+        rows=rows.rows[indices],
+        history=rows.history,
+        lengths=rows.lengths[indices],
+        prompt_tokens=rows.prompt_tokens[indices],
+        logprobs=rows.logprobs[indices],
+    )
+
+
+def _column(values: NDArray[np.float32], device: torch.device) -> Tensor:
+    return torch.from_numpy(values[:, None].copy()).to(device)

@@ -1,0 +1,120 @@
+"""The worker: applies one Step after the other to the device's memory, and gives its tokens.
+
+Knows no socket. Steps may be sent ahead of their predecessors' results: what a decode row feeds is
+kept here, in the row table.
+"""
+
+import time
+from mmap import mmap
+
+import numpy as np
+import torch
+
+from gpu_worker.adapter_pool import AdapterPool
+from gpu_worker.attention import AttentionBackend
+from gpu_worker.batch import HostBatch, make_batch
+from gpu_worker.figures import Figures
+from gpu_worker.kernels import LoraKernels
+from gpu_worker.kv_cache import KvCache
+from gpu_worker.models.decoder import Batch, Decoder
+from gpu_worker.rows import RowTable
+from gpu_worker.sampling import SampledRows, sample
+from pipeline.messages import Step, StepDone
+
+
+class Worker:
+    """One device: its weights, KV cache, adapter pool and row table."""
+
+    def __init__(
+        self,
+        *,
+        decoder: Decoder,
+        kv_cache: KvCache,
+        adapters: AdapterPool,
+        rows: RowTable,
+        attention: AttentionBackend,
+        lora: LoraKernels,
+        figures: Figures,
+        device: torch.device,
+        index: int = 0,
+    ) -> None:
+        self._decoder = decoder
+        self._kv_cache = kv_cache
+        self._adapters = adapters
+        self._rows = rows
+        self._attention = attention
+        self._lora = lora
+        self._figures = figures
+        self._device = device
+        self._index = index
+
+    def attach_arena(self, arena: mmap) -> None:
+        """Adapters are copied out of this from now on."""
+        self._adapters.attach_arena(arena)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepDone:
+        """Run a step to its end. Raises ValueError for one that contradicts the row table."""
+        start = time.perf_counter()
+        self._change(step)
+        if not step.decode_rows and not step.prefill:
+            return StepDone(step.step_id, b"", index=self._index)
+        host = make_batch(step, self._rows)
+        logits = self.forward(host)
+        done = self._sample(step.step_id, host, logits)
+        self._count(host, time.perf_counter() - start)
+        return done
+
+    @torch.inference_mode()
+    def forward(self, host: HostBatch) -> torch.Tensor:
+        """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then."""
+        device = self._device
+        batch = Batch(
+            token_ids=torch.from_numpy(host.token_ids).to(device),
+            positions=torch.from_numpy(host.positions).to(device),
+            kv_slots=torch.from_numpy(host.kv_slots).to(device),
+            sampled=torch.from_numpy(host.sampled).to(device),
+            attention=self._attention.plan(host.sequences),
+            lora=self._lora.plan(host.segments, self._adapters.adapters) if host.segments else None,
+        )
+        return self._decoder.forward(batch, self._kv_cache)
+
+    def _change(self, step: Step) -> None:
+        if step.copies:
+            self._figures.copied_bytes.inc(self._adapters.copy(step.copies))
+            self._figures.copies.inc(len(step.copies))
+        self._rows.free(np.frombuffer(step.free_rows, np.int32))
+        fresh = [self._rows.take(new) for new in step.new_rows]
+        appended = np.frombuffer(step.blocks, np.int32)
+        self._rows.append_blocks(np.frombuffer(step.block_rows, np.int32), appended)
+        blocks = np.concatenate((*fresh, appended.astype(np.int64)))
+        if len(blocks):
+            self._kv_cache.clear(torch.from_numpy(blocks).to(self._device))
+
+    def _sample(self, step_id: int, host: HostBatch, logits: torch.Tensor) -> StepDone:
+        table, rows = self._rows, host.sampled_rows
+        if not len(rows):
+            return StepDone(step_id, b"", index=self._index)
+        sampled = SampledRows(
+            params=table.sampling[rows],
+            rows=rows,
+            history=table.history,
+            lengths=table.length[rows],
+            prompt_tokens=table.prompt_tokens[rows],
+            logprobs=table.logprobs[rows],
+        )
+        tokens, logprobs = sample(logits, sampled)
+        table.append_tokens(rows, tokens)
+        return StepDone(
+            step_id,
+            tokens.astype(np.int32).tobytes(),
+            b"" if logprobs is None else logprobs.tobytes(),
+            index=self._index,
+        )
+
+    def _count(self, host: HostBatch, seconds: float) -> None:
+        decoded = host.sequences.decode_rows
+        self._figures.step_seconds.observe(seconds)
+        self._figures.decode_tokens.inc(decoded)
+        self._figures.prefill_tokens.inc(len(host.token_ids) - decoded)
+        self._figures.sampled_tokens.inc(len(host.sampled_rows))

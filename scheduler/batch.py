@@ -1,0 +1,160 @@
+"""The running sequences: their rows, their KV blocks, and their part in each step."""
+
+from bisect import insort
+
+from pipeline.messages import NewRow
+from scheduler.kv_blocks import KvBlocks
+from scheduler.policy import by_order, discard
+from scheduler.sequence import Sequence
+from scheduler.step_plan import StepPlan, pack
+
+
+class Batch:
+    """Who runs, from the oldest to the latest. Rows are given again as soon as they are free; the
+    worker is told of freed ones with the next step."""
+
+    def __init__(self, *, rows: int, kv: KvBlocks, chunk_tokens: int) -> None:
+        self.kv = kv
+        self.preemptions = 0
+        self._chunk_tokens = chunk_tokens
+        self._free_rows = list(range(rows - 1, -1, -1))
+        self._rows_to_free: list[int] = []  # to be told to the worker
+        self._running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []  # those of _running with chunks to go
+        self._blocks_ran_out = False  # the next to start found too few, and none have come back
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it makes sense to try `start`."""
+        return bool(self._free_rows) and not self._blocks_ran_out
+
+    def someone_else_is_next(self) -> None:
+        """Whoever found too few blocks is gone; the next may need fewer."""
+        self._blocks_ran_out = False
+
+    # --- parts of a step ---
+
+    def decode(self, plan: StepPlan) -> list[Sequence]:
+        """One token for each sequence whose prompt is done and that is not at its length.
+
+        Returns whom it preempted for want of blocks: the latest, who gave up row and blocks.
+        """
+        preempted: list[Sequence] = []
+        rows, sampled = plan.decode_rows, plan.sampled
+        for sequence in self._running:  # its tail may go meanwhile, never what has been passed
+            fed = sequence.fed
+            if not sequence.prefill_end <= fed < sequence.last_fed:
+                continue
+            if fed == sequence.capacity and not self._grow(sequence, plan, preempted):
+                continue
+            sequence.fed = fed + 1
+            rows.append(sequence.row)
+            sampled.append(sequence)
+        self.preemptions += len(preempted)
+        return preempted
+
+    def continue_prefills(self, plan: StepPlan, budget: int) -> int:
+        """Chunks for those that have started, within `budget` tokens; returns what is left."""
+        for sequence in list(self._prefilling):
+            if budget == 0:
+                break
+            budget -= self._prefill(sequence, plan, budget)
+        return budget
+
+    def start(self, sequence: Sequence, slot: int, plan: StepPlan, budget: int) -> int:
+        """A row, blocks for all tokens and a first chunk; returns how many tokens that has.
+
+        0 if there are too few blocks. One per running sequence is left over, so that nobody is
+        preempted at once. `slot` is the adapter's, or -1.
+        """
+        root = (sequence.adapter, sequence.content)
+        table = self.kv.open(root, sequence.token_ids, reserve=len(self._running))
+        if table is None:
+            self._blocks_ran_out = True
+            return 0
+        sequence.table = table
+        sequence.row = self._free_rows.pop()
+        sequence.fed = self.kv.cached_tokens(table)
+        sequence.prefill_end = len(sequence.token_ids)
+        sequence.capacity = len(table.blocks) * self.kv.block_tokens
+        sequence.notice_at = sequence.prefill_end + 1
+        insort(self._running, sequence, key=by_order)
+        insort(self._prefilling, sequence, key=by_order)
+        plan.new_rows.append(_new_row(sequence, slot, table.blocks))
+        return self._prefill(sequence, plan, budget)
+
+    def seal(self, plan: StepPlan) -> list[int]:
+        """The plan is complete: cache what its chunks write, for later steps, since a step cannot
+        read what it writes itself. Returns the rows to free with it."""
+        for sequence in plan.chunked:
+            assert sequence.table is not None
+            self.kv.remember(sequence.table, sequence.token_ids, sequence.fed)
+        rows, self._rows_to_free = self._rows_to_free, []
+        return rows
+
+    # --- after a step ---
+
+    def cache_output(self, sequence: Sequence) -> int:
+        """Cache the blocks that are full of known tokens.
+
+        Returns how many tokens must be known before there is another.
+        """
+        assert sequence.table is not None
+        written = len(sequence.token_ids) - 1  # the last may not have been fed yet
+        return self.kv.remember(sequence.table, sequence.token_ids, written) + 1
+
+    def vacate(self, sequence: Sequence) -> None:
+        """Take back its row and blocks. Its tokens in flight are not disturbed, since the worker
+        runs them before any step that gives these to others."""
+        table = sequence.table
+        assert table is not None
+        written = min(sequence.fed, len(sequence.token_ids))
+        self.kv.remember(table, sequence.token_ids, written)
+        self.kv.close(table)
+        sequence.table = None
+        self._blocks_ran_out = False
+        self._free_rows.append(sequence.row)
+        self._rows_to_free.append(sequence.row)
+        discard(self._running, sequence)
+        discard(self._prefilling, sequence)
+
+    def _grow(self, sequence: Sequence, plan: StepPlan, preempted: list[Sequence]) -> bool:
+        """One more block, at the cost of the latest; False if that was the sequence itself."""
+        assert sequence.table is not None
+        while (block := self.kv.extend(sequence.table)) is None:
+            victim = self._running[-1]
+            self.vacate(victim)
+            preempted.append(victim)
+            if victim is sequence:
+                return False
+        sequence.capacity += self.kv.block_tokens
+        plan.block_rows.append(sequence.row)
+        plan.blocks.append(block)
+        return True
+
+    def _prefill(self, sequence: Sequence, plan: StepPlan, budget: int) -> int:
+        """The next chunk; returns how many tokens it has."""
+        count = min(sequence.prefill_end - sequence.fed, budget, self._chunk_tokens)
+        plan.chunks += (sequence.row, sequence.fed, count)
+        plan.chunked.append(sequence)
+        sequence.fed += count
+        if sequence.fed == sequence.prefill_end:
+            discard(self._prefilling, sequence)
+            plan.sampled.append(sequence)
+        return count
+
+
+def _new_row(sequence: Sequence, slot: int, blocks: list[int]) -> NewRow:
+    return NewRow(
+        row=sequence.row,
+        slot=slot,
+        token_ids=sequence.token_ids.tobytes(),
+        prompt_tokens=sequence.prompt_tokens,
+        cached_tokens=sequence.fed,
+        blocks=pack(blocks),
+        sampling=sequence.sampling,
+        logprobs=sequence.logprobs,
+    )

@@ -1,0 +1,360 @@
+"""What runs next: all of the scheduler's state, and no socket, clock or thread.
+
+Inputs are methods named after what happened. `next_step` decides, `take_outbox` empties what is to
+be sent. Times are seconds of one clock, given as `now`. After any input the caller sends the
+outbox, then steps until there is none, then the outbox again.
+
+Up to MAX_STEPS_IN_FLIGHT steps are sent before their tokens are known. The worker applies steps in
+the order they were sent, so rows and blocks that a step in flight still uses are given to others
+in a later one. Freed rows are told to the worker with the next step that has work to do.
+"""
+
+import heapq
+from array import array
+from collections import deque
+from collections.abc import Iterable
+
+from pipeline.config import Settings
+from pipeline.messages import (
+    AdapterFailed,
+    AdapterStaged,
+    ArenaReady,
+    AttachArena,
+    Cancel,
+    Failure,
+    Finished,
+    FinishReason,
+    Message,
+    Prefetch,
+    Step,
+    StepDone,
+    Submit,
+    WorkerReady,
+)
+from scheduler import failures
+from scheduler.adapters import Adapters
+from scheduler.batch import Batch
+from scheduler.figures import Figures
+from scheduler.kv_blocks import KvBlocks
+from scheduler.policy import ReadyQueue
+from scheduler.reply import Reply
+from scheduler.sequence import Sequence
+from scheduler.step_plan import Flight, StepPlan
+
+MAX_STEPS_IN_FLIGHT = 2
+
+Envelope = tuple[str, int, Message]  # destination process, its index, what it gets
+
+
+class Scheduler:
+    """The core. See the module's docstring for how it is driven."""
+
+    def __init__(self, *, settings: Settings, eos_token_ids: Iterable[int]) -> None:
+        self._settings = settings
+        self._eos = frozenset(eos_token_ids)
+        self._outbox: list[Envelope] = []
+        self._replies = [Reply() for _ in range(settings.tokenizer_workers)]
+        self._ready = ReadyQueue()
+        self._adapters = Adapters(
+            ready=self._ready,
+            send=lambda message: self._outbox.append(("adapter_loader", 0, message)),
+            load_seconds=settings.adapter_load_seconds,
+        )
+        self._worker: WorkerReady | None = None
+        self._arena: ArenaReady | None = None
+        self._batch = self._new_batch(rows=0, kv_blocks=0, block_tokens=1)  # until it is ready
+        self._submitted = 0
+        self._sequence_of: dict[int, Sequence] = {}  # by request
+        self._start_deadlines: list[tuple[float, int, Sequence]] = []  # heap
+        self._resting: list[Sequence] = []  # preempted, with tokens in flight
+        self._steps_sent = 0
+        self._flights: deque[Flight] = deque()
+        self._hit_tokens = 0
+        self._generated = 0
+
+    # --- what happened ---
+
+    def worker_ready(self, message: WorkerReady, now: float) -> None:
+        self._worker = message
+        self._batch = self._new_batch(
+            rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
+        )
+        self._adapters.worker_ready(
+            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
+        )
+        for sequence in list(self._sequence_of.values()):
+            self._check_fits(sequence, now)
+        self._attach_arena()
+
+    def arena_ready(self, message: ArenaReady) -> None:
+        self._arena = message
+        self._attach_arena()
+
+    def prefetch(self, message: Prefetch, now: float) -> None:
+        self._adapters.prefetch(message.adapter, message.adapter_token, now)
+
+    def submit(self, message: Submit, now: float) -> None:
+        self._submitted += 1
+        sequence = Sequence(message, order=self._submitted, eos=self._eos)
+        self._sequence_of[sequence.request_id] = sequence
+        if self._worker is not None and not self._check_fits(sequence, now):
+            return
+        deadline = sequence.arrived + self._settings.max_wait_seconds
+        heapq.heappush(self._start_deadlines, (deadline, sequence.order, sequence))
+        self._adapters.join(sequence, now)
+
+    def cancel(self, message: Cancel) -> None:
+        sequence = self._sequence_of.get(message.request_id)
+        if sequence is not None:
+            self._remove(sequence)
+
+    def adapter_staged(self, message: AdapterStaged, now: float) -> None:
+        self._adapters.staged(message, now)
+
+    def adapter_failed(self, message: AdapterFailed, now: float) -> None:
+        for sequence in self._adapters.failed(message.adapter):
+            self._fail(sequence, message.failure, now)
+
+    def step_done(self, message: StepDone, now: float) -> None:
+        """The oldest step in flight has its tokens."""
+        flight = self._flights.popleft()
+        if flight.step_id != message.step_id:
+            raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
+        token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
+        self._take_tokens(flight.sampled, token_ids, logprobs, now)
+        for key in flight.unpins:
+            self._adapters.unpin(key)
+        for key in flight.copied:
+            self._adapters.copied(key)
+        for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
+            self._resting.remove(sequence)
+            self._adapters.join(sequence, now)
+        self._flush()  # one message per worker and step
+
+    def tick(self, now: float) -> None:
+        """Nothing happened until now. To be called at `next_deadline` at the latest."""
+        deadlines = self._start_deadlines
+        while deadlines and (deadlines[0][0] <= now or _started(deadlines[0][2])):
+            sequence = heapq.heappop(deadlines)[2]
+            if not _started(sequence):
+                failure = failures.waited_too_long(self._settings.max_wait_seconds)
+                self._fail(sequence, failure, now)
+        for sequence in self._adapters.overdue(now):
+            assert sequence.adapter is not None
+            failure = failures.load_too_slow(sequence.adapter, self._settings.adapter_load_seconds)
+            self._fail(sequence, failure, now)
+
+    # --- what is to be done ---
+
+    def next_step(self, now: float) -> Step | None:
+        """The step to send now; None while enough are in flight or there is nothing to do."""
+        if self._worker is None or len(self._flights) == MAX_STEPS_IN_FLIGHT:
+            return None
+        copies, failed = self._adapters.place(now)
+        for sequence, failure in failed:
+            self._fail(sequence, failure, now)
+        plan = StepPlan()
+        plan.copies = [copy for _, copy in copies]
+        for sequence in self._batch.decode(plan):
+            self._preempted(sequence, now)
+        budget = self._settings.step_tokens - len(plan.decode_rows)
+        budget = self._batch.continue_prefills(plan, budget)
+        self._start_sequences(plan, budget, now)
+        if plan.is_empty():
+            return None
+        self._steps_sent += 1
+        self._flights.append(Flight(self._steps_sent, plan.sampled, [key for key, _ in copies]))
+        return plan.step(self._steps_sent, self._batch.seal(plan))
+
+    def take_outbox(self) -> list[Envelope]:
+        """What is to be sent to whom, in this order; afterwards the outbox is empty."""
+        self._flush()
+        outbox = self._outbox[:]
+        self._outbox.clear()
+        return outbox
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do, if nothing happens before."""
+        deadlines = self._start_deadlines
+        while deadlines and _started(deadlines[0][2]):
+            heapq.heappop(deadlines)
+        start = deadlines[0][0] if deadlines else None
+        load = self._adapters.next_deadline()
+        return min((one for one in (start, load) if one is not None), default=None)
+
+    @property
+    def idle(self) -> bool:
+        """No request is left and no step is in flight."""
+        return not self._sequence_of and not self._flights
+
+    def facts(self) -> dict[str, str | int | float | None] | None:
+        """What is known of the device once worker and arena are there; None before."""
+        if self._worker is None or self._arena is None:
+            return None
+        return {
+            "kv_blocks": self._worker.kv_blocks,
+            "kv_block_tokens": self._worker.block_tokens,
+            "adapter_pool_bytes": self._worker.adapter_pool_bytes,
+        }
+
+    def figures(self) -> Figures:
+        return Figures(
+            requests_running=len(self._batch),
+            requests_waiting=len(self._sequence_of) - len(self._batch),
+            kv_blocks_used=self._batch.kv.used,
+            kv_blocks_total=self._batch.kv.total,
+            adapters_resident=self._adapters.resident,
+            adapter_pool_used_bytes=self._adapters.pool_used_bytes,
+            prefix_cache_hit_tokens=self._hit_tokens,
+            preemptions=self._batch.preemptions,
+            steps=self._steps_sent,
+            tokens_generated=self._generated,
+        )
+
+    # --- tokens of a step ---
+
+    def _take_tokens(
+        self, sampled: list[Sequence], token_ids: "array[int]", logprobs: "array[float]", now: float
+    ) -> None:
+        """Runs for each token that is produced, so it looks at little."""
+        replies = self._replies
+        for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
+            if sequence.ended:
+                continue
+            if token < 0:
+                self._fail(sequence, failures.not_finite(sequence.adapter), now)
+                continue
+            known = sequence.token_ids
+            known.append(token)
+            reply = replies[sequence.worker]
+            reply.request_ids.append(sequence.request_id)
+            reply.token_ids.append(token)
+            if logprobs:
+                reply.logprobs.append(logprobs[index])
+            if token in sequence.eos:
+                self._finish(sequence, FinishReason.EOS, now)
+            elif len(known) >= sequence.notice_at:
+                self._notice(sequence, now)
+
+    def _notice(self, sequence: Sequence, now: float) -> None:
+        """Its first token came, or its last, or one that shows that a block is full."""
+        if sequence.first_token is None:
+            sequence.first_token = now
+        known = len(sequence.token_ids)
+        if known == sequence.end:
+            self._finish(sequence, FinishReason.LENGTH, now)
+        elif sequence.table is None:
+            sequence.notice_at = sequence.end
+        else:
+            sequence.notice_at = min(sequence.end, self._batch.cache_output(sequence))
+
+    def _flush(self) -> None:
+        for worker, reply in enumerate(self._replies):
+            message = reply.take()
+            if message is not None:
+                self._generated += len(message.token_ids)
+                self._outbox.append(("tokenizer_workers", worker, message))
+
+    # --- starts ---
+
+    def _start_sequences(self, plan: StepPlan, budget: int, now: float) -> None:
+        """As many as rows, blocks and the rest of the step's budget allow."""
+        if self._resting:
+            return  # nobody takes the blocks of one that was preempted before it can come back
+        barrier = self._adapters.barrier(now)
+        while budget and self._batch.has_room:
+            sequence = self._ready.first(barrier)
+            if sequence is None:
+                return
+            budget -= self._start(sequence, plan, budget, now)
+
+    def _start(self, sequence: Sequence, plan: StepPlan, budget: int, now: float) -> int:
+        """Returns the tokens of its first chunk; 0 if it cannot start now, or has failed."""
+        key = sequence.adapter
+        slot, content = (-1, "") if key is None else self._adapters.resident_at(key)
+        if key is not None and sequence.started is not None and sequence.content != content:
+            self._fail(sequence, failures.adapter_changed(key), now)
+            return 0
+        sequence.content = content
+        tokens = self._batch.start(sequence, slot, plan, budget)
+        if tokens == 0:
+            return 0
+        if key is not None:
+            self._adapters.pin(key)
+        self._adapters.leave(sequence)
+        if sequence.started is None:
+            sequence.started = now
+            sequence.cached_tokens = plan.new_rows[-1].cached_tokens
+            self._hit_tokens += sequence.cached_tokens
+        return tokens
+
+    def _preempted(self, sequence: Sequence, now: float) -> None:
+        """It starts again once its tokens in flight are known."""
+        self._unpin(sequence)
+        if self._flights:
+            sequence.resume_after = self._flights[-1].step_id
+            self._resting.append(sequence)
+        else:
+            self._adapters.join(sequence, now)
+
+    def _new_batch(self, *, rows: int, kv_blocks: int, block_tokens: int) -> Batch:
+        kv = KvBlocks(
+            blocks=kv_blocks,
+            block_tokens=block_tokens,
+            prefix_cache=self._settings.prefix_cache,
+        )
+        chunk_tokens = self._settings.prefill_chunk_tokens or self._settings.step_tokens
+        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
+
+    def _attach_arena(self) -> None:
+        if self._worker is not None and self._arena is not None:
+            attach = AttachArena(self._arena.path, self._arena.nbytes)
+            self._outbox.append(("gpu_worker", 0, attach))
+
+    # --- ends ---
+
+    def _check_fits(self, sequence: Sequence, now: float) -> bool:
+        """Fail what could not run even alone."""
+        needed = self._batch.kv.blocks_for(sequence.last_fed)
+        total = self._batch.kv.total
+        if needed > total:
+            self._fail(sequence, failures.too_many_blocks(needed, total), now)
+        return not sequence.ended
+
+    def _fail(self, sequence: Sequence, failure: Failure, now: float) -> None:
+        self._finish(sequence, FinishReason.ERROR, now, failure)
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
+    ) -> None:
+        self._remove(sequence)
+        self._replies[sequence.worker].finished.append(
+            Finished(sequence.request_id, reason, sequence.usage(now), failure)
+        )
+
+    def _remove(self, sequence: Sequence) -> None:
+        """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
+        sequence.ended = True
+        del self._sequence_of[sequence.request_id]
+        if sequence.table is not None:
+            self._batch.vacate(sequence)
+            self._unpin(sequence)
+        elif sequence in self._resting:
+            self._resting.remove(sequence)
+        else:
+            self._adapters.leave(sequence)
+            self._batch.someone_else_is_next()
+
+    def _unpin(self, sequence: Sequence) -> None:
+        """It does not run any more, but its row in the newest step in flight may."""
+        if sequence.adapter is None:
+            return
+        if self._flights:
+            self._flights[-1].unpins.append(sequence.adapter)
+        else:
+            self._adapters.unpin(sequence.adapter)
+
+
+def _started(sequence: Sequence) -> bool:
+    """Its deadline to start does not matter any more."""
+    return sequence.ended or sequence.started is not None

@@ -1,0 +1,51 @@
+"""Why the scheduler ends a request before its time, in the client's words."""
+
+from pipeline.messages import AdapterKey, Failure, FailureKind
+
+
+def too_many_blocks(needed: int, total: int) -> Failure:
+    return Failure(
+        422,
+        FailureKind.VALIDATION,
+        f"prompt and max_tokens together need {needed} KV blocks, the server has {total}",
+    )
+
+
+def waited_too_long(seconds: float) -> Failure:
+    return Failure(
+        503, FailureKind.TIMEOUT, f"the request could not be started within {seconds:g} seconds"
+    )
+
+
+def load_too_slow(adapter: AdapterKey, seconds: float) -> Failure:
+    return Failure(
+        504,
+        FailureKind.ADAPTER_UNAVAILABLE,
+        f"adapter {adapter.id} could not be loaded within {seconds:g} seconds",
+    )
+
+
+def adapter_too_large(adapter: AdapterKey, nbytes: int, pool_bytes: int) -> Failure:
+    return Failure(
+        422,
+        FailureKind.ADAPTER_INVALID,
+        f"adapter {adapter.id} takes {nbytes} bytes, the adapter pool has {pool_bytes}",
+    )
+
+
+def adapter_changed(adapter: AdapterKey) -> Failure:
+    return Failure(
+        503,
+        FailureKind.ADAPTER_UNAVAILABLE,
+        f"adapter {adapter.id} was replaced by another version while the request was running",
+    )
+
+
+def not_finite(adapter: AdapterKey | None) -> Failure:
+    if adapter is None:
+        return Failure(500, FailureKind.INTERNAL, "the model gave logits that are not finite")
+    return Failure(
+        422,
+        FailureKind.ADAPTER_INVALID,
+        f"the model with adapter {adapter.id} gave logits that are not finite",
+    )

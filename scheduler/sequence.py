@@ -1,0 +1,91 @@
+"""A request while it is scheduled: its tokens, and how far they have come."""
+
+from array import array
+
+from pipeline.messages import Submit, Usage
+from scheduler.kv_blocks import PageTable
+
+
+class Sequence:
+    """One request, from its submit to its end. Only the core changes it.
+
+    token_ids holds the prompt and what is known to have been produced. With steps in flight the
+    KV of more positions is written, or about to be, than tokens are known:
+
+        0            prompt_tokens        len(token_ids)   fed      end
+        |---- prompt ------|---- produced ------|-- in flight --|----|
+    """
+
+    __slots__ = (
+        "adapter",
+        "adapter_token",
+        "arrived",
+        "cached_tokens",
+        "capacity",
+        "content",
+        "end",
+        "ended",
+        "eos",
+        "fed",
+        "first_token",
+        "last_fed",
+        "logprobs",
+        "notice_at",
+        "order",
+        "prefill_end",
+        "prompt_tokens",
+        "request_id",
+        "resume_after",
+        "row",
+        "sampling",
+        "started",
+        "table",
+        "token_ids",
+        "worker",
+    )
+
+    def __init__(self, submit: Submit, *, order: int, eos: frozenset[int]) -> None:
+        self.request_id = submit.request_id
+        self.worker = submit.worker
+        self.arrived = submit.arrived
+        self.adapter = submit.adapter
+        self.adapter_token = submit.adapter_token
+        self.sampling = submit.sampling
+        self.logprobs = submit.logprobs
+        self.order = order  # of submission among all requests
+        self.eos = frozenset[int]() if submit.ignore_eos else eos
+
+        self.token_ids = array("i", submit.token_ids)
+        self.prompt_tokens = len(self.token_ids)
+        self.end = self.prompt_tokens + submit.max_tokens  # tokens at which its length ends it
+        self.last_fed = self.end - 1  # the last token of all is never fed
+
+        self.row = -1  # while it runs: its row of the worker's table
+        self.table: PageTable | None = None  # while it runs: its KV blocks
+        self.fed = 0  # positions whose KV is written by the steps sent so far
+        self.prefill_end = 0  # tokens that are prefilled; what follows is decoded
+        self.capacity = 0  # positions that its blocks hold
+        self.notice_at = 0  # known tokens at which the core looks at more than EOS
+        self.resume_after = 0  # after a preemption: the step that has its last tokens
+
+        self.content = ""  # of its adapter, once it has started
+        self.cached_tokens = 0
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.ended = False
+
+    @property
+    def produced(self) -> int:
+        return len(self.token_ids) - self.prompt_tokens
+
+    def usage(self, now: float) -> Usage:
+        started = now if self.started is None else self.started
+        first_token = now if self.first_token is None else self.first_token
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.produced,
+            cached_tokens=self.cached_tokens,
+            queue_seconds=started - self.arrived,
+            first_token_seconds=first_token - self.arrived if self.produced else 0.0,
+            total_seconds=now - self.arrived,
+        )

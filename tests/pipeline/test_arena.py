@@ -1,0 +1,59 @@
+"""The host arena: one file of shared memory, allocated in full."""
+
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.arena import SHARED_MEMORY, arena_path, attach, create
+from pipeline.errors import ConfigError
+
+NBYTES = 1 << 20
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    path = arena_path(Path(uuid.uuid4().hex))
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_what_the_loader_writes_is_what_the_worker_reads(path: Path) -> None:
+    with create(path, NBYTES) as written, attach(path, NBYTES) as read:
+        written[4096:4102] = b"weight"
+        assert read[4096:4102] == b"weight"
+
+
+def test_all_of_it_is_allocated_and_nobody_else_may_read_it(path: Path) -> None:
+    with create(path, NBYTES):
+        status = path.stat()
+    assert status.st_blocks * 512 >= NBYTES
+    assert stat.S_IMODE(status.st_mode) == 0o600
+
+
+def test_the_arena_of_a_dead_process_is_replaced(path: Path) -> None:
+    with create(path, NBYTES) as dead:
+        dead[0] = 1
+        with create(path, 2 * NBYTES) as fresh:
+            assert len(fresh) == 2 * NBYTES
+            assert fresh[0] == 0
+
+
+def test_a_lack_of_room_is_one_sentence_and_leaves_nothing(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^arena_bytes: no room for \d+ bytes in /dev/shm"):
+        create(path, 1 << 55)
+    assert not path.exists()
+
+
+def test_an_arena_that_was_never_made_cannot_be_attached(path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        attach(path, NBYTES)
+
+
+def test_each_run_folder_has_its_own_arena_and_always_the_same(tmp_path: Path) -> None:
+    first, second = arena_path(tmp_path / "a"), arena_path(tmp_path / "b")
+    assert first != second
+    assert first == arena_path(tmp_path / "b" / ".." / "a")
+    assert first.parent == SHARED_MEMORY

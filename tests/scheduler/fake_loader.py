@@ -1,0 +1,44 @@
+"""An adapter loader without files: answers when the test says, and counts leases."""
+
+from pipeline.adapter_layout import pack_ranks
+from pipeline.messages import (
+    AdapterFailed,
+    AdapterKey,
+    AdapterStaged,
+    Failure,
+    FailureKind,
+    LoadAdapter,
+    ReleaseAdapter,
+)
+
+NOT_FOUND = Failure(404, FailureKind.ADAPTER_NOT_FOUND, "there is no such adapter")
+
+
+class FakeLoader:
+    def __init__(self) -> None:
+        self.loads: list[LoadAdapter] = []  # not answered
+        self.leases: dict[int, AdapterKey] = {}  # by arena offset
+        self.arena: dict[int, str] = {}  # content by arena offset
+        self.contents: dict[AdapterKey, set[str]] = {}  # all that were ever staged
+        self._offset = 0
+
+    def send(self, message: LoadAdapter | ReleaseAdapter) -> None:
+        if isinstance(message, LoadAdapter):
+            assert message.adapter not in [load.adapter for load in self.loads], "asked twice"
+            self.loads.append(message)
+        else:
+            assert self.leases.pop(message.arena_offset) == message.adapter
+            del self.arena[message.arena_offset]
+
+    def stage(self, which: int = 0, *, content: str = "", nbytes: int = 512) -> AdapterStaged:
+        """Answer a load. The content is the adapter's id unless given."""
+        key = self.loads.pop(which).adapter
+        content = content or key.id
+        self._offset += 4096
+        self.leases[self._offset] = key
+        self.arena[self._offset] = content
+        self.contents.setdefault(key, set()).add(content)
+        return AdapterStaged(key, content, self._offset, nbytes, pack_ranks([8] * 7))
+
+    def fail(self, which: int = 0, failure: Failure = NOT_FOUND) -> AdapterFailed:
+        return AdapterFailed(self.loads.pop(which).adapter, failure)

@@ -1,0 +1,173 @@
+"""A GPU worker without a GPU: it does what steps say, and fails the test where they make no sense.
+
+Its model's next token is a function of the adapter and of all tokens before, as they are stored in
+the KV blocks of the row's page table. So a wrong block, position, chunk or adapter gives another
+token than `reply`, which is what an undisturbed run gives.
+"""
+
+import zlib
+from array import array
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+
+from pipeline.messages import AdapterCopy, NewRow, Step, StepDone, WorkerReady
+
+VOCABULARY = 17
+EOS = 0
+BASE = "base"  # the content of a row without adapter
+BROKEN = "broken"  # a content that gives logits that are not finite
+
+
+def next_token(content: str, token_ids: Sequence[int]) -> int:
+    if content == BROKEN:
+        return -1
+    return zlib.crc32(array("i", token_ids).tobytes(), zlib.crc32(content.encode())) % VOCABULARY
+
+
+def reply(
+    content: str, prompt: Sequence[int], max_tokens: int, *, ignore_eos: bool = False
+) -> list[int]:
+    """What a request gives when nothing else happens."""
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + max_tokens:
+        token_ids.append(next_token(content, token_ids))
+        if token_ids[-1] == EOS and not ignore_eos:
+            break
+    return token_ids[len(prompt) :]
+
+
+def unpack(numbers: bytes) -> list[int]:
+    return array("i", numbers).tolist()
+
+
+class Row:
+    def __init__(self, new: NewRow, content: str) -> None:
+        self.slot = new.slot
+        self.content = content
+        self.token_ids = unpack(new.token_ids)
+        self.blocks = unpack(new.blocks)
+        self.position = new.cached_tokens  # the next to be fed
+        self.last_token: int | None = None
+
+
+class FakeWorker:
+    """arena: content by arena offset, as the loader leases it."""
+
+    def __init__(
+        self,
+        *,
+        arena: Mapping[int, str],
+        rows: int = 4,
+        kv_blocks: int = 32,
+        block_tokens: int = 4,
+        pool_bytes: int = 4096,
+        slots: int = 8,
+        step_tokens: int = 16,
+        chunk_tokens: int = 16,
+    ) -> None:
+        self.ready = WorkerReady(kv_blocks, block_tokens, pool_bytes, slots, rows)
+        self.steps: deque[Step] = deque()  # sent, not run
+        self.run_steps: list[Step] = []
+        self._arena = arena
+        self._step_tokens = step_tokens
+        self._chunk_tokens = chunk_tokens
+        self._rows: dict[int, Row] = {}
+        self._kv: dict[tuple[int, int], tuple[str, int]] = {}  # (block, place): content, token
+        self._copies: dict[int, AdapterCopy] = {}  # by slot; what still lies in the pool
+        self._content_of: dict[int, str] = {-1: BASE}  # by slot
+
+    def send(self, step: Step) -> None:
+        self.steps.append(step)
+        assert len(self.steps) <= 2, "too many steps in flight"
+
+    def run(self) -> StepDone:
+        """Run the oldest step that was sent."""
+        step = self.steps.popleft()
+        self.run_steps.append(step)
+        assert step.step_id == len(self.run_steps)
+        self._change_rows(step)
+        decode_rows = unpack(step.decode_rows)
+        numbers = unpack(step.prefill)
+        chunks = list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
+        assert max(Counter(decode_rows + [row for row, _, _ in chunks]).values(), default=1) == 1
+        assert len(decode_rows) + sum(count for _, _, count in chunks) <= self._step_tokens
+        sampled = [self._decode(self._rows[number]) for number in decode_rows]
+        for number, start, count in chunks:
+            sampled += self._prefill(self._rows[number], start, count)
+        return StepDone(step.step_id, array("i", sampled).tobytes())
+
+    def _change_rows(self, step: Step) -> None:
+        for copy in step.copies:
+            self._copy(copy)
+        for number in unpack(step.free_rows):
+            del self._rows[number]
+        for new in step.new_rows:
+            self._add(new)
+        for number, block in zip(unpack(step.block_rows), unpack(step.blocks), strict=True):
+            self._check_unused([block])
+            self._rows[number].blocks.append(block)
+
+    def _copy(self, copy: AdapterCopy) -> None:
+        assert 0 <= copy.slot < self.ready.adapter_slots
+        assert copy.pool_offset % 256 == 0
+        assert 0 <= copy.pool_offset <= self.ready.adapter_pool_bytes - copy.nbytes
+        end = copy.pool_offset + copy.nbytes
+        self._copies = {
+            slot: other
+            for slot, other in self._copies.items()
+            if end <= other.pool_offset or other.pool_offset + other.nbytes <= copy.pool_offset
+        }
+        self._copies[copy.slot] = copy
+        self._content_of[copy.slot] = self._arena[copy.arena_offset]
+
+    def _add(self, new: NewRow) -> None:
+        assert new.row not in self._rows, "the row is taken"
+        assert 0 <= new.row < self.ready.rows
+        row = Row(new, self._content_of[new.slot])
+        assert new.cached_tokens < len(row.token_ids)
+        assert new.cached_tokens % self.ready.block_tokens == 0
+        known = self._history(row, new.cached_tokens)
+        assert known == row.token_ids[: new.cached_tokens], "the cache has other tokens"
+        self._check_unused(row.blocks[new.cached_tokens // self.ready.block_tokens :])
+        assert len(set(row.blocks)) == len(row.blocks)
+        self._rows[new.row] = row
+
+    def _check_unused(self, blocks: list[int]) -> None:
+        held = {block for row in self._rows.values() for block in row.blocks}
+        assert held.isdisjoint(blocks), "a block that is to be written is held by another row"
+        assert all(0 <= block < self.ready.kv_blocks for block in blocks)
+
+    def _decode(self, row: Row) -> int:
+        assert row.last_token is not None
+        self._feed(row, row.last_token)
+        return self._sample(row)
+
+    def _prefill(self, row: Row, start: int, count: int) -> list[int]:
+        assert 0 < count <= self._chunk_tokens
+        assert start == row.position
+        end = start + count
+        assert end <= len(row.token_ids)
+        for token in row.token_ids[start:end]:
+            self._feed(row, token)
+        return [self._sample(row)] if end == len(row.token_ids) else []
+
+    def _feed(self, row: Row, token: int) -> None:
+        self._check_adapter(row)
+        index, place = divmod(row.position, self.ready.block_tokens)
+        self._kv[row.blocks[index], place] = (row.content, token)
+        row.position += 1
+
+    def _sample(self, row: Row) -> int:
+        row.last_token = next_token(row.content, self._history(row, row.position))
+        return row.last_token
+
+    def _history(self, row: Row, tokens: int) -> list[int]:
+        size = self.ready.block_tokens
+        stored = [self._kv[row.blocks[at // size], at % size] for at in range(tokens)]
+        assert all(content == row.content for content, _ in stored), "KV of another adapter"
+        return [token for _, token in stored]
+
+    def _check_adapter(self, row: Row) -> None:
+        if row.slot >= 0:
+            assert row.slot in self._copies, "the adapter was overwritten while it was in use"
+            assert self._content_of[row.slot] == row.content

@@ -1,0 +1,303 @@
+"""Adapters: loaded once, passed by others, placed, pinned, evicted; leases always come back."""
+
+from pipeline.messages import AdapterKey, FailureKind, FinishReason, LoadAdapter, ReleaseAdapter
+from scheduler.policy import MAX_OVERTAKING_SECONDS
+from tests.scheduler.fake_loader import NOT_FOUND
+from tests.scheduler.fake_worker import BASE, reply
+from tests.scheduler.world import World, key
+
+HALF = 2048  # bytes; of the pool of a World
+
+
+def loads(world: World) -> list[AdapterKey]:
+    """Every adapter that the loader was ever asked for."""
+    return [message.adapter for message in world.to_loader() if isinstance(message, LoadAdapter)]
+
+
+def make_resident(world: World, *adapters: str, nbytes: int = 512) -> None:
+    for adapter in adapters:
+        world.submit(adapter=adapter, max_tokens=1)
+        world.stage(nbytes=nbytes)
+        world.run()
+
+
+def test_a_request_waits_for_its_adapter_and_others_pass_it() -> None:
+    world = World()
+    with_adapter = world.submit(adapter="sql")
+    base = world.submit()
+    assert world.to_loader() == [LoadAdapter(key("sql"))]
+    while world.worker.steps:
+        world.step()
+    assert list(world.finished) == [base]
+    world.stage()
+    world.run()
+    assert world.tokens[with_adapter] == reply("sql", [1, 2, 3], 4, ignore_eos=True)
+
+
+def test_an_adapter_is_asked_for_once_whoever_wants_it() -> None:
+    world = World()
+    world.prefetch("sql")
+    world.submit(adapter="sql")
+    world.submit(adapter="sql")
+    world.prefetch("sql")
+    assert loads(world) == [key("sql")]
+    world.run()
+    world.submit(adapter="sql")
+    world.run()
+    assert loads(world) == [key("sql")]
+
+
+def test_an_adapter_is_copied_and_used_in_the_same_step() -> None:
+    world = World()
+    world.submit(adapter="sql")
+    world.stage(nbytes=700)
+    step = world.worker.steps[0]
+    assert [(copy.slot, copy.pool_offset, copy.nbytes) for copy in step.copies] == [(0, 0, 700)]
+    assert step.new_rows[0].slot == 0
+
+
+def test_a_prefetched_adapter_is_copied_in_a_step_without_rows() -> None:
+    world = World()
+    world.prefetch("sql")
+    world.stage()
+    step = world.worker.steps[0]
+    assert len(step.copies) == 1
+    assert not step.new_rows
+    world.run()
+    assert world.core.figures().adapters_resident == 1
+
+
+def test_the_lease_goes_back_when_the_copy_is_done() -> None:
+    world = World()
+    world.prefetch("sql")
+    world.stage()
+    assert world.loader.leases
+    world.step()
+    assert not world.loader.leases
+    assert isinstance(world.to_loader()[-1], ReleaseAdapter)
+
+
+def test_the_arena_is_attached_before_the_first_copy() -> None:
+    world = World(started=False)
+    world.submit(adapter="sql")
+    world.worker_ready()
+    assert not world.arena_attached
+    world.arena_ready()
+    assert world.arena_attached
+    world.run()
+
+
+def test_rows_of_many_adapters_share_a_step() -> None:
+    world = World()
+    requests = {name: world.submit(adapter=name, max_tokens=6) for name in ("a", "b", "c")}
+    requests[BASE] = world.submit(max_tokens=6)
+    world.run()
+    for name, request in requests.items():
+        assert world.tokens[request] == reply(name, [1, 2, 3], 6, ignore_eos=True)
+    assert any(len(step.decode_rows) == 4 * 4 for step in world.worker.run_steps)
+
+
+def test_a_failed_load_fails_those_that_wait_for_it_and_nobody_else() -> None:
+    world = World()
+    failing = [world.submit(adapter="nowhere") for _ in range(2)]
+    other = world.submit(max_tokens=2)
+    world.fail_load()
+    world.run()
+    assert [world.finished[request].failure for request in failing] == [NOT_FOUND, NOT_FOUND]
+    assert world.finished[other].reason is FinishReason.LENGTH
+
+
+def test_an_adapter_that_failed_is_asked_for_again_by_the_next_request() -> None:
+    world = World()
+    world.submit(adapter="late")
+    world.fail_load()
+    again = world.submit(adapter="late")
+    world.run()
+    assert world.finished[again].reason is FinishReason.LENGTH
+
+
+def test_an_adapter_larger_than_the_pool_fails_its_requests() -> None:
+    world = World(pool_bytes=4096)
+    request = world.submit(adapter="huge")
+    world.stage(nbytes=4097)
+    failure = world.finished[request].failure
+    assert failure is not None
+    assert (failure.status, failure.kind) == (422, FailureKind.ADAPTER_INVALID)
+    assert "takes 4097 bytes, the adapter pool has 4096" in failure.message
+    assert not world.loader.leases
+
+
+def test_a_load_that_takes_too_long_fails_its_requests_with_504() -> None:
+    world = World(adapter_load_seconds=5)
+    request = world.submit(adapter="slow")
+    assert world.core.next_deadline() == 5
+    world.wait(5)
+    failure = world.finished[request].failure
+    assert failure is not None
+    assert (failure.status, failure.kind) == (504, FailureKind.ADAPTER_UNAVAILABLE)
+    assert world.core.next_deadline() is None
+
+
+def test_an_adapter_that_comes_too_late_is_kept_for_the_next_request() -> None:
+    world = World(adapter_load_seconds=5)
+    world.submit(adapter="slow")
+    world.wait(5)
+    again = world.submit(adapter="slow")
+    assert len(world.loader.loads) == 1
+    assert world.core.next_deadline() == 10
+    world.stage()
+    world.run()
+    assert world.finished[again].reason is FinishReason.LENGTH
+    assert not world.loader.leases
+
+
+def test_an_adapter_whose_requests_were_cancelled_is_still_placed() -> None:
+    world = World()
+    world.cancel(world.submit(adapter="sql"))
+    world.stage()
+    world.run()
+    assert world.core.figures().adapters_resident == 1
+    assert not world.loader.leases
+
+
+def test_the_adapter_used_longest_ago_is_evicted() -> None:
+    world = World(slots=2)
+    make_resident(world, "a", "b")
+    world.submit(adapter="a")  # so that b is older
+    world.run()
+    make_resident(world, "c")
+    world.submit(adapter="a")
+    assert loads(world) == [key("a"), key("b"), key("c")]
+    world.submit(adapter="b")
+    assert loads(world)[-1] == key("b")
+    world.run()
+
+
+def test_an_adapter_in_use_is_not_evicted_and_the_waiting_one_keeps_its_lease() -> None:
+    world = World(slots=1)
+    running = world.submit(adapter="a", max_tokens=20)
+    world.stage()
+    waiting = world.submit(adapter="b")
+    world.stage()
+    world.step()
+    assert list(world.loader.leases.values()) == [key("b")]
+    world.run()
+    assert list(world.finished) == [running, waiting]
+    assert not world.loader.leases
+
+
+def test_an_adapter_is_not_overwritten_while_a_surplus_row_in_flight_uses_it() -> None:
+    world = World(slots=1)
+    running = world.submit(adapter="a", max_tokens=20)
+    world.stage()
+    world.submit(adapter="b")
+    world.stage()
+    world.step()
+    world.cancel(running)
+    world.step()  # the step in flight when it was cancelled is still to come
+    assert not any(step.copies for step in world.worker.steps)
+    world.step()
+    assert any(step.copies for step in world.worker.steps)
+    world.run()
+
+
+def test_a_staged_adapter_that_nobody_waits_for_any_more_gives_its_lease_back() -> None:
+    world = World(slots=1)
+    world.submit(adapter="a", max_tokens=20)
+    world.stage()
+    world.step()
+    waiting = world.submit(adapter="b")
+    world.stage()
+    world.cancel(waiting)
+    assert not world.loader.leases
+    world.run()
+
+
+def test_a_prefetched_adapter_without_room_gives_its_lease_back() -> None:
+    world = World(slots=1)
+    world.submit(adapter="a", max_tokens=20)
+    world.stage()
+    world.step()
+    world.prefetch("b")
+    world.stage()
+    world.step()
+    assert not world.loader.leases
+    world.run()
+
+
+def test_a_prefetched_adapter_does_not_push_out_one_that_is_waited_for() -> None:
+    world = World(slots=1, rows=1)
+    make_resident(world, "a")
+    world.submit(max_tokens=12)
+    waiting = world.submit(adapter="a")
+    world.prefetch("b")
+    world.stage()
+    world.run()
+    assert loads(world) == [key("a"), key("b")]
+    assert world.finished[waiting].reason is FinishReason.LENGTH
+
+
+def test_the_older_request_takes_the_room_of_an_adapter_that_only_a_later_one_waits_for() -> None:
+    world = World(slots=1, rows=1)
+    world.submit(max_tokens=30)
+    older = world.submit(adapter="a")
+    later = world.submit(adapter="b")
+    world.stage(1)  # b is there first
+    world.step()
+    world.step()
+    world.stage(0)
+    world.run()
+    assert loads(world) == [key("a"), key("b"), key("b")]
+    assert list(world.finished)[1:] == [older, later]
+
+
+def test_one_that_needs_much_room_is_not_passed_for_ever() -> None:
+    world = World(pool_bytes=2 * HALF)
+    world.submit(adapter="a", max_tokens=30)
+    world.stage(nbytes=HALF)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=2 * HALF)
+    for count in range(80):
+        if count % 10 == 0:  # so that a is in use all the time
+            world.submit(adapter="a", max_tokens=30)
+            world.wait(MAX_OVERTAKING_SECONDS / 2)
+        world.step()
+        if large in world.finished:
+            break
+    assert world.finished[large].reason is FinishReason.LENGTH
+    world.run()
+
+
+def test_the_base_model_passes_one_that_needs_much_room() -> None:
+    world = World(pool_bytes=HALF)
+    world.submit(adapter="a", max_tokens=30)
+    world.stage(nbytes=HALF)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=HALF)
+    world.wait(MAX_OVERTAKING_SECONDS)
+    base = world.submit(max_tokens=2)
+    also_a = world.submit(adapter="a", max_tokens=2)
+    world.run()
+    assert list(world.finished).index(base) < list(world.finished).index(large)
+    assert list(world.finished).index(large) < list(world.finished).index(also_a)
+
+
+def test_a_request_does_not_go_on_with_other_bytes_under_the_same_name() -> None:
+    world = World(kv_blocks=8, block_tokens=4, slots=1, prefix_cache=False)
+    oldest = world.submit([3], adapter="poet", max_tokens=2)
+    world.submit([1] * 5, max_tokens=24)
+    preempted = world.submit([2] * 5, adapter="sql", max_tokens=24)
+    world.stage(1)
+    while world.core.figures().preemptions == 0:
+        world.step()
+    world.stage()  # poet takes the only slot
+    while not world.loader.loads:
+        world.step()
+    world.stage(content="sql, second edition")
+    world.run()
+    assert world.finished[oldest].reason is FinishReason.LENGTH
+    failure = world.finished[preempted].failure
+    assert failure is not None
+    assert (failure.status, failure.kind) == (503, FailureKind.ADAPTER_UNAVAILABLE)
+    produced = world.tokens[preempted]
+    assert produced == reply("sql", [2] * 5, len(produced), ignore_eos=True)

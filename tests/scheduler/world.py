@@ -1,0 +1,191 @@
+"""The core with a fake worker and a fake loader around it, moved by hand."""
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from pipeline.config import Settings
+from pipeline.messages import (
+    AdapterKey,
+    ArenaReady,
+    AttachArena,
+    Cancel,
+    Finished,
+    LoadAdapter,
+    Prefetch,
+    ReleaseAdapter,
+    Step,
+    Submit,
+    Tokens,
+)
+from scheduler.core import Envelope, Scheduler
+from tests.scheduler.fake_loader import FakeLoader
+from tests.scheduler.fake_worker import EOS, FakeWorker
+
+SETTINGS = Settings(rows=4, step_tokens=16, max_wait_seconds=1000.0, adapter_load_seconds=100.0)
+
+
+def key(adapter: str) -> AdapterKey:
+    return AdapterKey("local", adapter)
+
+
+class World:
+    """Whatever happens, what the core says is delivered at once."""
+
+    def __init__(
+        self,
+        *,
+        kv_blocks: int = 32,
+        block_tokens: int = 4,
+        pool_bytes: int = 4096,
+        slots: int = 8,
+        started: bool = True,
+        **settings: Any,
+    ) -> None:
+        self.settings = msgspec.structs.replace(SETTINGS, **settings)
+        self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,))
+        self.loader = FakeLoader()
+        self.worker = FakeWorker(
+            arena=self.loader.arena,
+            rows=self.settings.rows,
+            kv_blocks=kv_blocks,
+            block_tokens=block_tokens,
+            pool_bytes=pool_bytes,
+            slots=slots,
+            step_tokens=self.settings.step_tokens,
+            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
+        )
+        self.now = 0.0
+        self.sent: list[Envelope] = []  # all that ever left the outbox
+        self.requests: dict[int, Submit] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.finished: dict[int, Finished] = {}
+        self.cancelled: set[int] = set()
+        self.arena_attached = False
+        if started:
+            self.worker_ready()
+            self.arena_ready()
+
+    # --- what happens ---
+
+    def worker_ready(self) -> None:
+        self.core.worker_ready(self.worker.ready, self.now)
+        self.settle()
+
+    def arena_ready(self) -> None:
+        self.core.arena_ready(ArenaReady("/dev/shm/arena", 1 << 20))
+        self.settle()
+
+    def submit(
+        self,
+        prompt: Sequence[int] = (1, 2, 3),
+        *,
+        max_tokens: int = 4,
+        adapter: str | None = None,
+        ignore_eos: bool = True,
+        worker: int = 0,
+        logprobs: bool = False,
+    ) -> int:
+        """Returns the request's number."""
+        request = Submit(
+            request_id=len(self.requests) + 1,
+            worker=worker,
+            arrived=self.now,
+            token_ids=array("i", prompt).tobytes(),
+            max_tokens=max_tokens,
+            adapter=None if adapter is None else key(adapter),
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+        )
+        self.requests[request.request_id] = request
+        self.tokens[request.request_id] = []
+        self.core.submit(request, self.now)
+        self.settle()
+        return request.request_id
+
+    def cancel(self, request_id: int) -> None:
+        self.core.cancel(Cancel(request_id))
+        if request_id not in self.finished:
+            self.cancelled.add(request_id)
+        self.settle()
+
+    def prefetch(self, adapter: str) -> None:
+        self.core.prefetch(Prefetch(key(adapter)), self.now)
+        self.settle()
+
+    def stage(self, which: int = 0, *, content: str = "", nbytes: int = 512) -> None:
+        self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes), self.now)
+        self.settle()
+
+    def fail_load(self, which: int = 0) -> None:
+        self.core.adapter_failed(self.loader.fail(which), self.now)
+        self.settle()
+
+    def step(self) -> Step:
+        """The worker runs the oldest step in flight, which is returned."""
+        done = self.worker.run()
+        self.core.step_done(done, self.now)
+        self.settle()
+        return self.worker.run_steps[-1]
+
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.core.tick(self.now)
+        self.settle()
+
+    def run(self) -> None:
+        """Go on until nothing is left to do; loads that are pending succeed."""
+        for _ in range(5000):
+            if self.loader.loads:
+                self.stage()
+            elif self.worker.steps:
+                self.step()
+            else:
+                assert self.core.idle, "a request waits for ever"
+                return
+        raise AssertionError("no end in sight")
+
+    # --- what follows ---
+
+    def settle(self) -> None:
+        """Send what the core says, as the loop does."""
+        self._deliver()
+        while (step := self.core.next_step(self.now)) is not None:
+            assert self.arena_attached or not step.copies
+            self.worker.send(step)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        envelopes = self.core.take_outbox()
+        self.sent += envelopes
+        for process, index, message in envelopes:
+            match message:
+                case LoadAdapter() | ReleaseAdapter():
+                    assert process == "adapter_loader"
+                    self.loader.send(message)
+                case AttachArena():
+                    assert process == "gpu_worker"
+                    self.arena_attached = True
+                case Tokens():
+                    assert process == "tokenizer_workers"
+                    self._read(message, index)
+                case _:
+                    raise AssertionError(message)
+
+    def _read(self, message: Tokens, worker: int) -> None:
+        for request_id, token in zip(message.request_ids, message.token_ids, strict=True):
+            self._check_open(request_id, worker)
+            self.tokens[request_id].append(token)
+        for end in message.finished:
+            self._check_open(end.request_id, worker)
+            self.finished[end.request_id] = end
+
+    def _check_open(self, request_id: int, worker: int) -> None:
+        assert request_id not in self.finished, "it has ended before"
+        assert request_id not in self.cancelled
+        assert self.requests[request_id].worker == worker
+
+    def to_loader(self) -> list[object]:
+        return [message for process, _, message in self.sent if process == "adapter_loader"]

@@ -1,0 +1,332 @@
+"""The life of a request in a tokenizer worker, as a list of calls."""
+
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import RequestError
+from pipeline.messages import (
+    AdapterKey,
+    Cancel,
+    End,
+    Failure,
+    FailureKind,
+    Finished,
+    FinishReason,
+    Piece,
+    Pieces,
+    Prompt,
+    Sampling,
+    Shutdown,
+    Submit,
+    TokenDetail,
+    Tokens,
+    Usage,
+)
+from tokenizer_workers.core import Core
+from tokenizer_workers.encode import Encoded
+
+SPECIAL = 0
+SECOND_FRONTEND = 1 << 48
+USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, total_seconds=9.0)
+
+
+class Letters:
+    """A decoder whose tokens are the code points of letters; upper case waits for the next one."""
+
+    def __init__(self) -> None:
+        self._held = ""
+
+    def push(self, token_id: int) -> str:
+        text = self._held + (chr(token_id) if token_id else "")
+        self._held = text if text[-1:].isupper() else ""
+        return "" if self._held else text
+
+    def finish(self) -> str:
+        return self._held
+
+
+def encode(prompt: Prompt) -> Encoded:
+    """One token for each letter."""
+    if not prompt.text:
+        raise RequestError(400, FailureKind.VALIDATION, "nothing to do")
+    ids = array("i", map(ord, prompt.text))
+    return Encoded(ids.tobytes(), len(ids), prompt.max_tokens or 100)
+
+
+def core(worker: int = 0, frontends: int = 1) -> Core:
+    return Core(
+        worker=worker,
+        frontends=frontends,
+        encode=encode,
+        new_decoder=Letters,
+        new_token_decoder=Letters,
+        special_ids=frozenset({SPECIAL}),
+    )
+
+
+def prompt(request_id: int = 1, text: str = "abc", **given: Any) -> Prompt:
+    return Prompt(request_id=request_id, arrived=10.0, text=text, **given)
+
+
+def started(*prompts: Prompt, frontends: int = 1) -> Core:
+    """A core that has sent these to the scheduler."""
+    worker = core(frontends=frontends)
+    for each in prompts or (prompt(),):
+        worker.prompt(each, now=10.5)
+    worker.take_outbox()
+    return worker
+
+
+def step(text: str, request_id: int = 1, **given: Any) -> Tokens:
+    """The scheduler's message when a request produced these letters."""
+    ids = [ord(letter) for letter in text]
+    return Tokens(request_ids=[request_id] * len(ids), token_ids=ids, logprobs=[], **given)
+
+
+def finished(request_id: int = 1, reason: FinishReason = FinishReason.EOS) -> Finished:
+    return Finished(request_id, reason, USAGE)
+
+
+def sent(worker: Core) -> list[tuple[str, int, Any]]:
+    return [(to.process, to.index, to.message) for to in worker.take_outbox()]
+
+
+def to_frontend(worker: Core) -> Pieces:
+    """The one message to the one frontend, where nothing else is sent."""
+    [(process, _, pieces)] = sent(worker)
+    assert process == "frontend"
+    assert isinstance(pieces, Pieces)
+    return pieces
+
+
+def test_a_prompt_is_encoded_and_submitted_with_all_that_it_asks_for() -> None:
+    worker = core(worker=3)
+    key = AdapterKey("hub", "org/sql")
+    worker.prompt(
+        prompt(
+            7,
+            adapter=key,
+            adapter_token="secret",
+            sampling=Sampling(temperature=0.0),
+            max_tokens=5,
+            ignore_eos=True,
+        ),
+        now=10.5,
+    )
+    submit = Submit(
+        request_id=7,
+        worker=3,
+        arrived=10.0,
+        token_ids=array("i", [*b"abc"]).tobytes(),
+        max_tokens=5,
+        adapter=key,
+        adapter_token="secret",
+        sampling=Sampling(temperature=0.0),
+        ignore_eos=True,
+    )
+    assert sent(worker) == [("scheduler", 0, submit)]
+
+
+def test_a_prompt_that_cannot_run_ends_at_once_with_the_reason() -> None:
+    worker = core()
+    worker.prompt(prompt(text=""), now=10.5)
+    failure = Failure(400, FailureKind.VALIDATION, "nothing to do")
+    usage = Usage(prompt_tokens=0, completion_tokens=0, total_seconds=0.5)
+    end = End(1, FinishReason.ERROR, usage, failure)
+    assert to_frontend(worker) == Pieces([], (end,))
+    assert worker.requests == 0
+
+
+def test_the_tokens_of_a_step_become_one_message_to_each_frontend() -> None:
+    worker = started(prompt(1), prompt(2), prompt(SECOND_FRONTEND), frontends=2)
+    worker.tokens(Tokens([1, 2, SECOND_FRONTEND], [*b"xyz"], []), now=11.0)
+    assert sent(worker) == [
+        ("frontend", 0, Pieces([Piece(1, "x"), Piece(2, "y")])),
+        ("frontend", 1, Pieces([Piece(SECOND_FRONTEND, "z")])),
+    ]
+
+
+def test_the_text_of_several_steps_travels_as_one_piece() -> None:
+    worker = started()
+    worker.tokens(step("x"), now=11.0)
+    worker.tokens(step("y"), now=11.1)
+    assert to_frontend(worker) == Pieces([Piece(1, "xy")])
+
+
+def test_a_step_that_completes_no_character_sends_nothing() -> None:
+    worker = started()
+    worker.tokens(step("X"), now=11.0)
+    assert worker.take_outbox() == []
+
+
+def test_the_end_brings_the_text_that_was_held_back() -> None:
+    worker = started()
+    worker.tokens(step("aX", finished=(finished(),)), now=11.0)
+    end = End(1, FinishReason.EOS, USAGE)
+    assert to_frontend(worker) == Pieces([Piece(1, "aX")], (end,))
+    assert worker.requests == 0
+
+
+def test_an_end_without_a_token_is_passed_on_with_its_failure() -> None:
+    worker = started()
+    failure = Failure(404, FailureKind.ADAPTER_NOT_FOUND, "no adapter `x`")
+    gone = Finished(1, FinishReason.ERROR, USAGE, failure)
+    worker.tokens(Tokens([], [], [], finished=(gone,)), now=11.0)
+    assert to_frontend(worker) == Pieces([], (End(1, FinishReason.ERROR, USAGE, failure),))
+
+
+def test_a_stop_string_ends_the_request_here_and_cancels_it_at_the_scheduler() -> None:
+    worker = started(prompt(stop=("##",)))
+    worker.tokens(step("ab"), now=11.0)
+    worker.tokens(step("#"), now=11.5)
+    assert to_frontend(worker) == Pieces([Piece(1, "ab")])
+
+    worker.tokens(step("#"), now=12.0)
+    usage = Usage(prompt_tokens=3, completion_tokens=4, first_token_seconds=1.0, total_seconds=2.0)
+    assert sent(worker) == [
+        ("scheduler", 0, Cancel(1)),
+        ("frontend", 0, Pieces([], (End(1, FinishReason.STOP, usage),))),
+    ]
+
+    worker.tokens(step("z", finished=(finished(),)), now=12.5)
+    assert worker.take_outbox() == []
+
+
+def test_a_stop_string_in_the_last_token_is_the_reason_of_the_end() -> None:
+    worker = started(prompt(stop=("##",), keep_stop=True))
+    last = step("a##", finished=(finished(reason=FinishReason.LENGTH),))
+    worker.tokens(last, now=11.0)
+    cancel, pieces = sent(worker)
+    assert cancel == ("scheduler", 0, Cancel(1))
+    assert pieces[2].pieces == [Piece(1, "a##")]
+    assert [end.reason for end in pieces[2].ends] == [FinishReason.STOP]
+
+
+def test_a_stop_string_in_what_the_decoder_held_back_counts_too() -> None:
+    worker = started(prompt(stop=("X",)))
+    worker.tokens(step("aX", finished=(finished(reason=FinishReason.LENGTH),)), now=11.0)
+    end = End(1, FinishReason.STOP, USAGE)
+    assert to_frontend(worker) == Pieces([Piece(1, "a")], (end,))
+
+
+def test_the_beginning_of_a_stop_string_is_shown_when_the_request_ends() -> None:
+    worker = started(prompt(stop=("##",)))
+    worker.tokens(step("a#", finished=(finished(),)), now=11.0)
+    end = End(1, FinishReason.EOS, USAGE)
+    assert to_frontend(worker) == Pieces([Piece(1, "a#")], (end,))
+
+
+def test_token_details_come_with_each_token_even_where_no_text_is_ready() -> None:
+    worker = started(prompt(token_details=True, stop=("ab",)))
+    worker.tokens(Tokens([1, 1], [ord("a"), SPECIAL], [-0.5, -1.5]), now=11.0)
+    details = (TokenDetail(ord("a"), "a", -0.5, False), TokenDetail(SPECIAL, "", -1.5, True))
+    assert to_frontend(worker) == Pieces([Piece(1, "", details)])
+
+
+def test_only_the_request_that_asked_gets_token_details() -> None:
+    worker = started(prompt(1, token_details=True), prompt(2))
+    worker.tokens(Tokens([1, 2], [*b"xy"], []), now=11.0)
+    [first, second] = to_frontend(worker).pieces
+    assert first == Piece(1, "x", (TokenDetail(ord("x"), "x", None, False),))
+    assert second == Piece(2, "y")
+
+
+def test_a_cancelled_request_is_cancelled_at_the_scheduler_and_never_heard_of_again() -> None:
+    worker = started(prompt(token_details=True))
+    worker.tokens(step("a"), now=11.0)
+    worker.cancel(1)
+    worker.tokens(step("x", finished=(finished(),)), now=11.0)
+    assert sent(worker) == [("scheduler", 0, Cancel(1))]
+    assert worker.requests == 0
+
+
+def test_cancelling_what_is_over_says_nothing() -> None:
+    worker = started()
+    worker.tokens(step("", finished=(finished(),)), now=11.0)
+    worker.take_outbox()
+    worker.cancel(1)
+    assert worker.take_outbox() == []
+
+
+def test_the_scheduler_is_told_to_shut_down_when_the_last_frontend_has_gone() -> None:
+    worker = started(prompt(1), prompt(SECOND_FRONTEND), frontends=2)
+    worker.shutdown(1)
+    assert sent(worker) == [("scheduler", 0, Cancel(SECOND_FRONTEND))]
+    assert worker.frontends == [0]
+
+    worker.shutdown(0)
+    assert sent(worker) == [
+        ("scheduler", 0, Cancel(1)),
+        ("scheduler", 0, Shutdown("tokenizer_workers", 0)),
+    ]
+    assert worker.frontends == []
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("prompt"), st.integers(0, 5)),
+        st.tuples(st.just("cancel"), st.integers(0, 5)),
+        st.tuples(st.just("finish"), st.integers(0, 5)),
+        st.tuples(st.just("tokens"), st.text(alphabet="ab#X", max_size=5)),
+        st.tuples(st.just("send"), st.just(0)),
+    )
+)
+
+
+@given(events=events)
+def test_each_prompt_has_one_end_unless_it_is_cancelled(events: list[tuple[str, Any]]) -> None:
+    worker = core()
+    prompts = 0
+    open_at_scheduler: set[int] = set()
+    cancelled: set[int] = set()
+    ended: list[int] = []
+
+    def settle() -> None:
+        for _, _, message in sent(worker):
+            match message:
+                case Submit():
+                    open_at_scheduler.add(message.request_id)
+                case Cancel():
+                    open_at_scheduler.discard(message.request_id)
+                case Pieces():
+                    ended.extend(end.request_id for end in message.ends)
+
+    for event, given_value in events:
+        match event:
+            case "prompt":
+                text = "abc" if given_value else ""
+                worker.prompt(prompt(prompts, text, stop=("##",) * (given_value % 2)), now=11.0)
+                prompts += 1
+            case "cancel":
+                if given_value < prompts and given_value not in ended:
+                    cancelled.add(given_value)
+                worker.cancel(given_value)
+            case "finish":
+                if given_value in open_at_scheduler:
+                    open_at_scheduler.remove(given_value)
+                    worker.tokens(step("", finished=(finished(given_value),)), now=11.0)
+            case "tokens":
+                for request_id in sorted(open_at_scheduler):
+                    worker.tokens(step(given_value, request_id), now=11.0)
+            case "send":
+                settle()
+    settle()
+    for request_id in sorted(open_at_scheduler):
+        worker.tokens(step("", finished=(finished(request_id),)), now=12.0)
+    settle()
+
+    assert worker.requests == 0
+    assert len(ended) == len(set(ended))
+    assert set(range(prompts)) - cancelled <= set(ended)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_completion_tokens_run_up_to_the_one_that_completed_the_stop_string(count: int) -> None:
+    worker = started(prompt(stop=("#",)))
+    worker.tokens(step("a" * (count - 1) + "#aaa"), now=11.0)
+    _, (_, _, pieces) = sent(worker)
+    assert pieces.ends[0].usage.completion_tokens == count

@@ -1,0 +1,187 @@
+"""The process itself, between a frontend and a scheduler that are this test."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.channels import Inbox, Outbox
+from pipeline.config import Settings, to_environment
+from pipeline.messages import (
+    Cancel,
+    End,
+    Finished,
+    FinishReason,
+    Message,
+    Pieces,
+    ProcessReady,
+    Prompt,
+    Shutdown,
+    Stats,
+    Submit,
+    ToFrontend,
+    Tokens,
+    ToScheduler,
+    Usage,
+)
+
+WAIT_SECONDS = 30
+
+
+class Neighbours:
+    """The frontend and the scheduler of one run folder, and the workers between them."""
+
+    def __init__(self, run_dir: Path, model_folder: Path, **settings: Any) -> None:
+        run_dir.mkdir(mode=0o700)
+        self.run_dir = run_dir
+        self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
+        self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
+        self._outbox = Outbox(run_dir)
+        self._arrived: list[Message] = []
+        self._log = run_dir.with_name("log")
+        chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tokenizer_workers"],
+                env=os.environ | to_environment(chosen),
+                stderr=log,
+            )
+
+    def send(self, message: Message, worker: int = 0) -> None:
+        self._outbox.send("tokenizer_workers", message, worker)
+
+    def next(self, inbox: Inbox[Message], kind: type[Message]) -> Any:
+        """The next message of that kind; others are passed over."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        over = False
+        while not over:
+            over = self.process.poll() is not None or time.monotonic() > deadline
+            self._arrived += inbox.receive(timeout_ms=100)
+            for message in self._arrived:
+                if isinstance(message, kind):
+                    self._arrived.remove(message)
+                    return message
+        raise AssertionError(f"no {kind.__name__} has come:\n{self.log()}")
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def close(self) -> None:
+        """End what is left."""
+        self.process.kill()
+        self.process.wait()
+        self._outbox.close(linger_ms=0)
+        self.frontend.close()
+        self.scheduler.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path, folder: Path) -> Iterator[Callable[..., Neighbours]]:
+    started: list[Neighbours] = []
+
+    def begin(**settings: Any) -> Neighbours:
+        started.append(Neighbours(tmp_path / "run", folder, **settings))
+        return started[-1]
+
+    yield begin
+    for neighbours in started:
+        neighbours.close()
+
+
+def prompt(request_id: int = 1, **given: Any) -> Prompt:
+    return Prompt(
+        request_id=request_id,
+        arrived=time.monotonic(),
+        chat=[{"role": "user", "content": "What is the capital of France?"}],
+        **given,
+    )
+
+
+def test_a_request_goes_from_prompt_to_end_and_the_worker_leaves_nothing(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start(stats_seconds=0.1)
+    ready = neighbours.next(neighbours.frontend, ProcessReady)
+    assert ready == ProcessReady("tokenizer_workers", 0, {"max_total_tokens": 8192})
+
+    neighbours.send(prompt(max_tokens=5))
+    submit = neighbours.next(neighbours.scheduler, Submit)
+    assert (submit.request_id, submit.worker, submit.max_tokens) == (1, 0, 5)
+    text = tokenizer.decode(array("i", submit.token_ids).tolist())
+    assert "What is the capital of France?" in text
+
+    ids = tokenizer.encode("Paris!").ids
+    end = Finished(1, FinishReason.EOS, Usage(prompt_tokens=31, completion_tokens=len(ids)))
+    neighbours.send(Tokens([1] * len(ids), ids, [], finished=(end,)))
+    pieces = neighbours.next(neighbours.frontend, Pieces)
+    assert [piece.text for piece in pieces.pieces] == ["Paris!"]
+    assert pieces.ends == (End(1, FinishReason.EOS, end.usage),)
+
+    stats = neighbours.next(neighbours.frontend, Stats)
+    assert "loradex_encode_seconds" in {family[0] for family in stats.families}
+
+    neighbours.send(Shutdown("frontend", 0))
+    assert neighbours.next(neighbours.scheduler, Shutdown) == Shutdown("tokenizer_workers", 0)
+    assert neighbours.process.wait(WAIT_SECONDS) == 0
+    assert not list(neighbours.run_dir.glob("tokenizer_workers*"))
+
+
+def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start()
+    neighbours.send(prompt(stop=("Lon",)))
+    neighbours.next(neighbours.scheduler, Submit)
+    ids = tokenizer.encode("Paris or London").ids
+    for token_id in ids:
+        neighbours.send(Tokens([1], [token_id], []))
+    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1)
+    text, ends = "", ()
+    while not ends:
+        pieces = neighbours.next(neighbours.frontend, Pieces)
+        text += "".join(piece.text for piece in pieces.pieces)
+        ends = pieces.ends
+    assert text == "Paris or "
+    assert ends[0].reason == FinishReason.STOP
+
+
+def test_each_of_several_workers_has_its_own_inbox_and_says_goodbye(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start(tokenizer_workers=2)
+    ready = {neighbours.next(neighbours.frontend, ProcessReady).index for _ in range(2)}
+    assert ready == {0, 1}
+    neighbours.send(prompt(), worker=1)
+    assert neighbours.next(neighbours.scheduler, Submit).worker == 1
+    for worker in (0, 1):
+        neighbours.send(Shutdown("frontend", 0), worker)
+    gone = {neighbours.next(neighbours.scheduler, Shutdown).index for _ in range(2)}
+    assert gone == {0, 1}
+    assert neighbours.process.wait(WAIT_SECONDS) == 0
+
+
+def test_sigterm_does_not_end_a_worker_before_its_frontend_has_drained(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start()
+    neighbours.next(neighbours.frontend, ProcessReady)
+    neighbours.process.send_signal(signal.SIGTERM)
+    neighbours.send(prompt())
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 1
+    neighbours.send(Shutdown("frontend", 0))
+    assert neighbours.process.wait(WAIT_SECONDS) == 0
+
+
+def test_a_setting_that_the_model_cannot_meet_is_one_sentence_and_exit_code_2(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start(max_total_tokens=10**9)
+    assert neighbours.process.wait(WAIT_SECONDS) == 2
+    assert "loradex: max_total_tokens: 1000000000 is more than" in neighbours.log()

@@ -1,0 +1,111 @@
+"""The loop of a tokenizer worker: read, tell the core, send what it says."""
+
+import time
+from typing import assert_never
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from pipeline.channels import Inbox, Outbox
+from pipeline.config import Settings
+from pipeline.messages import (
+    Cancel,
+    ProcessReady,
+    Prompt,
+    Shutdown,
+    Stats,
+    Tokens,
+    ToTokenizerWorker,
+)
+from pipeline.metrics import REGISTRY, snapshot
+from pipeline.process import run
+from tokenizer_workers.core import PROCESS, Core
+from tokenizer_workers.loading import TextModel, load
+
+ENCODE_SECONDS = Histogram(
+    "loradex_encode_seconds", "Time to encode a prompt, template included", registry=REGISTRY
+)
+TOKENS = Counter("loradex_decoded_tokens", "Tokens that became text", registry=REGISTRY)
+OPEN_REQUESTS = Gauge(
+    "loradex_tokenizer_open_requests", "Requests between prompt and end", registry=REGISTRY
+)
+
+
+def main(settings: Settings, index: int) -> None:
+    model = load(settings)
+    worker = Worker(settings, index, model)
+    worker.announce()
+    while worker.core.frontends:
+        worker.turn()
+    worker.close()
+
+
+class Worker:
+    """A core and its sockets."""
+
+    def __init__(self, settings: Settings, index: int, model: TextModel) -> None:
+        self._index = index
+        self._stats_seconds = settings.stats_seconds
+        self._next_stats = time.monotonic()
+        self._facts: dict[str, str | int | float | None] = {
+            "max_total_tokens": model.max_total_tokens
+        }
+        run_dir = settings.run_folder()
+        self._inbox: Inbox[ToTokenizerWorker] = Inbox(run_dir, PROCESS, index, ToTokenizerWorker)
+        self._outbox = Outbox(run_dir)
+        self.core = Core(
+            worker=index,
+            frontends=settings.frontends,
+            encode=model.encoder.encode,
+            new_decoder=model.new_decoder,
+            new_token_decoder=model.new_token_decoder,
+            special_ids=model.special_ids,
+        )
+
+    def announce(self) -> None:
+        for frontend in self.core.frontends:
+            self._outbox.send("frontend", ProcessReady(PROCESS, self._index, self._facts), frontend)
+
+    def turn(self) -> None:
+        """Deal with what has arrived, or wait for it until the next report is due."""
+        wait = max(0.0, self._next_stats - time.monotonic())
+        for message in self._inbox.receive(timeout_ms=int(wait * 1000) + 1):
+            if isinstance(message, Prompt):
+                self._send()  # nobody waits for the text of others to be encoded
+            self._tell(message)
+        self._send()
+        if time.monotonic() >= self._next_stats:
+            self._report()
+
+    def close(self) -> None:
+        self._outbox.close()
+        self._inbox.close()
+
+    def _tell(self, message: ToTokenizerWorker) -> None:
+        match message:
+            case Tokens():
+                self.core.tokens(message, time.monotonic())
+                TOKENS.inc(len(message.token_ids))
+            case Prompt():
+                with ENCODE_SECONDS.time():
+                    self.core.prompt(message, time.monotonic())
+            case Cancel():
+                self.core.cancel(message.request_id)
+            case Shutdown():
+                self.core.shutdown(message.index)
+            case _:
+                assert_never(message)
+
+    def _send(self) -> None:
+        for to in self.core.take_outbox():
+            self._outbox.send(to.process, to.message, to.index)
+
+    def _report(self) -> None:
+        self._next_stats = time.monotonic() + self._stats_seconds
+        OPEN_REQUESTS.set(self.core.requests)
+        families = snapshot(REGISTRY)
+        for frontend in self.core.frontends:
+            self._outbox.send("frontend", Stats(PROCESS, self._index, families), frontend)
+
+
+if __name__ == "__main__":
+    run(PROCESS, main, count=lambda settings: settings.tokenizer_workers)

@@ -1,0 +1,183 @@
+"""Chat templates: the Jinja dialect of Hugging Face tokenizers, in its sandbox.
+
+Equal to transformers' `apply_chat_template` with add_generation_prompt. A template comes with the
+base model, its messages come from clients.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pipeline.errors import ConfigError, RequestError
+from pipeline.messages import FailureKind
+
+SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+# what a template may raise over messages that it was not made for
+RENDER_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens that it may name.
+
+    A message's content is text or a list of parts `{"type": "text", "text": ...}`. Most templates
+    want text and get it, the parts joined; one that shows nothing of a text gets parts.
+
+    Raises ConfigError when the source is no template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        self._special_tokens = dict(special_tokens)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"model_id: the chat template cannot be used: {error.message} (line {error.lineno})"
+            ) from error
+        self._wants_parts = not self._shows("probe") and self._shows(
+            [{"type": "text", "text": "probe"}]
+        )
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt. Raises RequestError for messages that the template does not take."""
+        if not messages:
+            raise RequestError(400, FailureKind.VALIDATION, "`messages` cannot be empty")
+        return self._render([self._normal(message) for message in messages])
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except RENDER_ERRORS as error:
+            raise RequestError(400, FailureKind.TEMPLATE, str(error)) from error
+
+    def _normal(self, message: Message) -> Message:
+        """Without what is None, and with the content in the form that the template wants."""
+        normal = {key: value for key, value in message.items() if value is not None}
+        content = normal.get("content")
+        if isinstance(content, list):
+            texts = [_text_of(part) for part in content]
+            normal["content"] = (
+                [{"type": "text", "text": text} for text in texts]
+                if self._wants_parts
+                else "".join(texts)
+            )
+        elif isinstance(content, str) and self._wants_parts:
+            normal["content"] = [{"type": "text", "text": content}]
+        return normal
+
+    def _shows(self, content: str | list[Message]) -> bool:
+        """Whether a user's message with this content leaves a trace of it in the prompt."""
+        try:
+            return "probe" in self._render([{"role": "user", "content": content}])
+        except RequestError:
+            return False
+
+
+def find_source(config: Mapping[str, Any], jinja_file: str | None) -> str | None:
+    """The model's template, or None when it has none.
+
+    config       tokenizer_config.json, where chat_template is a text or a list of named ones
+    jinja_file   what chat_template.jinja holds; it wins
+    """
+    if jinja_file is not None:
+        return jinja_file
+    given = config.get("chat_template")
+    if isinstance(given, list):
+        named = {entry["name"]: entry["template"] for entry in given}
+        given = named.get("default")
+    return given
+
+
+def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """name -> text of the special tokens that tokenizer_config.json names."""
+    found = {}
+    for name in SPECIAL_TOKENS:
+        token = config.get(name)
+        if isinstance(token, dict):  # with its flags
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    return found
+
+
+def _text_of(part: object) -> str:
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            sentence = f"content parts of type `{kind[:40]}` are not supported; only `text` is"
+        case _:
+            sentence = 'a content part must look like {"type": "text", "text": "..."}'
+    raise RequestError(400, FailureKind.VALIDATION, sentence)
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks the assistant's text for training; here it only shows its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,284 @@
+"""What a tokenizer worker decides: the state of each request from its prompt to its end. Pure.
+
+Inputs are methods named after what happened; take_outbox empties what is to be sent. Each prompt
+is answered by exactly one End, unless its frontend cancels it. A frontend is known by its
+requests: it is request_id >> FRONTEND_SHIFT.
+"""
+
+from collections.abc import Callable
+
+import msgspec
+
+from pipeline.errors import RequestError
+from pipeline.messages import (
+    Cancel,
+    End,
+    Failure,
+    FailureKind,
+    Finished,
+    FinishReason,
+    Piece,
+    Pieces,
+    Prompt,
+    Shutdown,
+    Submit,
+    TokenDetail,
+    Tokens,
+    Usage,
+)
+from tokenizer_workers.decode import TextDecoder
+from tokenizer_workers.encode import Encoded
+from tokenizer_workers.stop_strings import StopStrings
+
+FRONTEND_SHIFT = 48
+PROCESS = "tokenizer_workers"
+
+
+class ToPeer(msgspec.Struct, frozen=True):
+    """A message and the inbox that it is for."""
+
+    process: str
+    index: int
+    message: Submit | Cancel | Shutdown | Pieces
+
+
+class _Outgoing:
+    """What goes to one frontend next."""
+
+    __slots__ = ("details", "ends", "texts")
+
+    def __init__(self) -> None:
+        self.texts: dict[int, str] = {}  # request_id -> its text since the last message
+        self.details: dict[int, list[TokenDetail]] = {}
+        self.ends: list[End] = []
+
+    def add(self, request_id: int, text: str) -> None:
+        self.texts[request_id] = self.texts.get(request_id, "") + text
+
+    def detail(self, request_id: int, detail: TokenDetail) -> None:
+        self.details.setdefault(request_id, []).append(detail)
+        self.texts.setdefault(request_id, "")  # so that a piece carries it
+
+    def forget(self, request_id: int) -> None:
+        self.texts.pop(request_id, None)
+        self.details.pop(request_id, None)
+
+    def take(self) -> Pieces | None:
+        if not (self.texts or self.ends):
+            return None
+        if self.details:
+            pieces = [
+                Piece(request_id, text, tuple(self.details.get(request_id, ())))
+                for request_id, text in self.texts.items()
+            ]
+            self.details = {}
+        else:
+            pieces = [Piece(request_id, text) for request_id, text in self.texts.items()]
+        message = Pieces(pieces, tuple(self.ends))
+        self.texts = {}
+        self.ends = []
+        return message
+
+
+class _Request:
+    """A request that the scheduler works on."""
+
+    __slots__ = (
+        "arrived",
+        "completion_tokens",
+        "decoder",
+        "first_token_at",
+        "outgoing",
+        "prompt_tokens",
+        "stop",
+        "token_decoder",
+    )
+
+    def __init__(
+        self,
+        *,
+        outgoing: _Outgoing,
+        arrived: float,
+        prompt_tokens: int,
+        decoder: TextDecoder,
+        token_decoder: TextDecoder | None,
+        stop: StopStrings | None,
+    ) -> None:
+        self.outgoing = outgoing
+        self.arrived = arrived
+        self.prompt_tokens = prompt_tokens
+        self.decoder = decoder
+        self.token_decoder = token_decoder
+        self.stop = stop
+        self.completion_tokens = 0
+        self.first_token_at = 0.0
+
+    def usage(self, now: float) -> Usage:
+        """As far as it is known here: not what the queue and the prefix cache did."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            first_token_seconds=self.first_token_at - self.arrived,
+            total_seconds=now - self.arrived,
+        )
+
+
+class Core:
+    """The requests of one tokenizer worker.
+
+    worker             its index
+    frontends          how many feed it
+    encode             raises RequestError
+    new_decoder        makes what decodes a reply's text
+    new_token_decoder  makes what decodes the texts of single tokens, special ones included
+    special_ids        tokens that a TokenDetail calls special
+
+    Times are seconds of time.monotonic().
+    """
+
+    def __init__(
+        self,
+        *,
+        worker: int,
+        frontends: int,
+        encode: Callable[[Prompt], Encoded],
+        new_decoder: Callable[[], TextDecoder],
+        new_token_decoder: Callable[[], TextDecoder],
+        special_ids: frozenset[int],
+    ) -> None:
+        self._worker = worker
+        self._encode = encode
+        self._new_decoder = new_decoder
+        self._new_token_decoder = new_token_decoder
+        self._special_ids = special_ids
+        self._requests: dict[int, _Request] = {}
+        self._outgoing = {index: _Outgoing() for index in range(frontends)}
+        self._to_scheduler: list[Submit | Cancel | Shutdown] = []
+
+    @property
+    def requests(self) -> int:
+        """How many are open."""
+        return len(self._requests)
+
+    @property
+    def frontends(self) -> list[int]:
+        """Those that have not said Shutdown. When there are none, this worker has done its work."""
+        return list(self._outgoing)
+
+    def prompt(self, prompt: Prompt, now: float) -> None:
+        """Submit it, or end it with the reason why not."""
+        outgoing = self._outgoing[prompt.request_id >> FRONTEND_SHIFT]
+        try:
+            encoded = self._encode(prompt)
+        except RequestError as error:
+            outgoing.ends.append(_refused(prompt, error, now))
+            return
+        self._requests[prompt.request_id] = _Request(
+            outgoing=outgoing,
+            arrived=prompt.arrived,
+            prompt_tokens=encoded.prompt_tokens,
+            decoder=self._new_decoder(),
+            token_decoder=self._new_token_decoder() if prompt.token_details else None,
+            stop=StopStrings(prompt.stop, prompt.keep_stop) if prompt.stop else None,
+        )
+        self._to_scheduler.append(
+            Submit(
+                request_id=prompt.request_id,
+                worker=self._worker,
+                arrived=prompt.arrived,
+                token_ids=encoded.token_ids,
+                max_tokens=encoded.max_tokens,
+                adapter=prompt.adapter,
+                adapter_token=prompt.adapter_token,
+                sampling=prompt.sampling,
+                ignore_eos=prompt.ignore_eos,
+                logprobs=prompt.token_details,
+            )
+        )
+
+    def cancel(self, request_id: int) -> None:
+        """Forget the request: its frontend hears no more of it."""
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            request.outgoing.forget(request_id)
+            self._to_scheduler.append(Cancel(request_id))
+
+    def tokens(self, message: Tokens, now: float) -> None:
+        """The tokens of a step. Those of requests that are over here are dropped."""
+        requests = self._requests
+        for at, (request_id, token_id) in enumerate(
+            zip(message.request_ids, message.token_ids, strict=True)
+        ):
+            request = requests.get(request_id)
+            if request is None:
+                continue
+            if not request.completion_tokens:
+                request.first_token_at = now
+            request.completion_tokens += 1
+            text = request.decoder.push(token_id)
+            if request.token_decoder is not None:
+                detail = TokenDetail(
+                    id=token_id,
+                    text=request.token_decoder.push(token_id),
+                    logprob=message.logprobs[at] if message.logprobs else None,
+                    special=token_id in self._special_ids,
+                )
+                request.outgoing.detail(request_id, detail)
+            if request.stop is not None:
+                text = request.stop.push(text)
+            if text:
+                request.outgoing.add(request_id, text)
+            if request.stop is not None and request.stop.matched:
+                self._stopped(request, request_id, now)
+        for finished in message.finished:
+            self._finished(finished, now)
+
+    def shutdown(self, frontend: int) -> None:
+        """A frontend has gone; when all have, the scheduler is told."""
+        del self._outgoing[frontend]
+        for request_id in [r for r in self._requests if r >> FRONTEND_SHIFT == frontend]:
+            self.cancel(request_id)
+        if not self._outgoing:
+            self._to_scheduler.append(Shutdown(PROCESS, self._worker))
+
+    def take_outbox(self) -> list[ToPeer]:
+        """What is to be sent, in order: one message at most to each frontend."""
+        messages = [ToPeer("scheduler", 0, message) for message in self._to_scheduler]
+        self._to_scheduler = []
+        for index, outgoing in self._outgoing.items():
+            pieces = outgoing.take()
+            if pieces is not None:
+                messages.append(ToPeer("frontend", index, pieces))
+        return messages
+
+    def _stopped(self, request: _Request, request_id: int, now: float) -> None:
+        """A stop string matched: the end is told here, and the scheduler hears of it last."""
+        del self._requests[request_id]
+        request.outgoing.ends.append(End(request_id, FinishReason.STOP, request.usage(now)))
+        self._to_scheduler.append(Cancel(request_id))
+
+    def _finished(self, finished: Finished, now: float) -> None:
+        request = self._requests.pop(finished.request_id, None)
+        if request is None:
+            return
+        text, reason = request.decoder.finish(), finished.reason
+        if request.stop is not None:
+            text = request.stop.push(text)
+            if request.stop.matched:
+                reason = FinishReason.STOP
+            else:
+                text += request.stop.finish()
+        if text:
+            request.outgoing.add(finished.request_id, text)
+        request.outgoing.ends.append(
+            End(finished.request_id, reason, finished.usage, finished.failure)
+        )
+
+
+def _refused(prompt: Prompt, error: RequestError, now: float) -> End:
+    return End(
+        prompt.request_id,
+        FinishReason.ERROR,
+        Usage(prompt_tokens=0, completion_tokens=0, total_seconds=now - prompt.arrived),
+        Failure(error.status, FailureKind(error.kind), error.message),
+    )

@@ -1,0 +1,88 @@
+"""From a prompt to checked token ids."""
+
+from array import array
+
+import msgspec
+from tokenizers import Tokenizer
+
+from pipeline.errors import RequestError
+from pipeline.messages import FailureKind, Prompt
+from tokenizer_workers.chat_template import ChatTemplate
+
+
+class Encoded(msgspec.Struct, frozen=True):
+    """A prompt that may run: prompt and reply fit the context."""
+
+    token_ids: bytes  # int32[prompt_tokens], at least one
+    prompt_tokens: int
+    max_tokens: int  # at least one
+
+
+class Encoder:
+    """Turns prompts into token ids.
+
+    chat_template      None when the model has none, and chats are refused
+    vocabulary         of the model; greater ids are refused
+    max_total_tokens   of prompt and reply together
+    token_characters   the longest token's
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        vocabulary: int,
+        max_total_tokens: int,
+        token_characters: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._vocabulary = vocabulary
+        self._max_total_tokens = max_total_tokens
+        self._max_characters = max_total_tokens * token_characters
+
+    def encode(self, prompt: Prompt) -> Encoded:
+        """Raises RequestError, with the sentence for the client."""
+        if not all(prompt.stop):
+            raise _invalid("`stop` strings cannot be empty")
+        ids = self._token_ids(prompt)
+        count = len(ids)
+        if not count:
+            raise _invalid("the prompt is empty: it has no tokens")
+        if count >= self._max_total_tokens:
+            raise _invalid(
+                f"`inputs` must have less than {self._max_total_tokens} tokens. Given: {count}"
+            )
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            wrong = next(one for one in ids if not 0 <= one < self._vocabulary)
+            raise _invalid(f"token id {wrong} is not in the vocabulary of {self._vocabulary}")
+        room = self._max_total_tokens - count
+        max_tokens = room if prompt.max_tokens is None else prompt.max_tokens
+        if max_tokens > room:
+            raise _invalid(
+                f"`inputs` tokens + `max_new_tokens` must be <= {self._max_total_tokens}. "
+                f"Given: {count} `inputs` tokens and {max_tokens} `max_new_tokens`"
+            )
+        return Encoded(ids.tobytes(), count, max_tokens)
+
+    def _token_ids(self, prompt: Prompt) -> "array[int]":
+        if prompt.token_ids is not None:
+            return array("i", prompt.token_ids)
+        if prompt.chat is None:
+            return self._encode_text(prompt.text or "", prompt.add_special_tokens)
+        if self._chat_template is None:
+            raise RequestError(400, FailureKind.TEMPLATE, "the model has no chat template")
+        return self._encode_text(self._chat_template.render(prompt.chat), special=False)
+
+    def _encode_text(self, text: str, special: bool) -> "array[int]":
+        if len(text) > self._max_characters:  # before the time is spent that others wait for
+            raise _invalid(
+                f"`inputs` must have less than {self._max_total_tokens} tokens. "
+                f"Given: {len(text)} characters, which cannot be so few"
+            )
+        return array("i", self._tokenizer.encode(text, add_special_tokens=special).ids)
+
+
+def _invalid(sentence: str) -> RequestError:
+    return RequestError(400, FailureKind.VALIDATION, sentence)

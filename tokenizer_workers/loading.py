@@ -1,0 +1,150 @@
+"""Everything about text that a base model's folder holds: tokenizer, special tokens, template."""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tokenizers import Tokenizer
+
+from pipeline.config import Settings
+from pipeline.errors import ConfigError
+from pipeline.model_config import ModelConfig, read_model_config
+from pipeline.model_folder import model_folder
+from tokenizer_workers.chat_template import ChatTemplate, find_source, special_tokens
+from tokenizer_workers.decode import (
+    ByteFallbackDecoder,
+    ByteLevelDecoder,
+    PrefixDecoder,
+    TextDecoder,
+)
+from tokenizer_workers.encode import Encoder
+from tokenizer_workers.token_table import (
+    byte_fallback_table,
+    byte_level_table,
+    fallback_decoder_config,
+)
+
+
+class TextModel(msgspec.Struct, frozen=True):
+    """What a tokenizer worker knows of the base model."""
+
+    encoder: Encoder
+    new_decoder: Callable[[], TextDecoder]  # a reply's text, without special tokens
+    new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
+    special_ids: frozenset[int]
+    max_total_tokens: int
+
+
+def load(settings: Settings) -> TextModel:
+    """Read the folder of the base model, fetching it first if need be. Raises ConfigError."""
+    folder = model_folder(settings)
+    config = read_model_config(folder)
+    named = _read_tokenizer_config(folder)
+    tokens = special_tokens(named)
+    tokenizer = read_tokenizer(folder, tokens)
+    jinja_file = folder / "chat_template.jinja"
+    source = find_source(named, jinja_file.read_text() if jinja_file.is_file() else None)
+    return text_model(
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(source, tokens) if source else None,
+        config=config,
+        max_total_tokens=_max_total_tokens(settings, config),
+    )
+
+
+def text_model(
+    *,
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    config: ModelConfig,
+    max_total_tokens: int,
+) -> TextModel:
+    added = tokenizer.get_added_tokens_decoder()
+    special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+    return TextModel(
+        encoder=Encoder(
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            vocabulary=config.vocabulary,
+            max_total_tokens=max_total_tokens,
+            token_characters=max(map(len, tokenizer.get_vocab())),
+        ),
+        # an end-of-text token that nobody marked as special is not for the reader either
+        new_decoder=decoders(
+            tokenizer, config.vocabulary, hidden=special_ids.union(config.eos_token_ids)
+        ),
+        new_token_decoder=decoders(tokenizer, config.vocabulary, hidden=()),
+        special_ids=special_ids,
+        max_total_tokens=max_total_tokens,
+    )
+
+
+def read_tokenizer(folder: Path, tokens: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer, without truncation or padding. Raises ConfigError.
+
+    tokens   special ones by name; those that tokenizer.json does not mark as special become so
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"model_id: {folder} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises nothing more precise
+        raise ConfigError(f"model_id: {path} cannot be used: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    marked = {
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    }
+    known = [token for token in tokens.values() if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([token for token in known if token not in marked])
+    return tokenizer
+
+
+def decoders(
+    tokenizer: Tokenizer, vocabulary: int, hidden: Collection[int]
+) -> Callable[[], TextDecoder]:
+    """What makes the decoder of each sequence: the fastest one that equals the tokenizer's.
+
+    vocabulary   of the model, which may be greater or less than the tokenizer's
+    hidden       ids that add nothing to the text
+    """
+    config = msgspec.json.decode(tokenizer.to_str(), type=_TokenizerFile).decoder
+    size = max(vocabulary, tokenizer.get_vocab_size(), *tokenizer.get_vocab().values()) + 1
+    tokens = [tokenizer.id_to_token(token_id) for token_id in range(size)]
+    if config is not None and config["type"] == "ByteLevel":
+        table = byte_level_table(tokens, hidden)
+        return lambda: ByteLevelDecoder(table)
+    if (fallback := fallback_decoder_config(config)) is not None:
+        replace, strip = fallback
+        table = byte_fallback_table(tokens, hidden, replace)
+        return lambda: ByteFallbackDecoder(table, strip)
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    return lambda: PrefixDecoder(decode, hidden)
+
+
+class _TokenizerFile(msgspec.Struct):
+    decoder: dict[str, Any] | None = None
+
+
+def _read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"model_id: {path} is not a JSON object: {error}") from error
+
+
+def _max_total_tokens(settings: Settings, config: ModelConfig) -> int:
+    if settings.max_total_tokens > config.max_positions:
+        raise ConfigError(
+            f"max_total_tokens: {settings.max_total_tokens} is more than "
+            f"the {config.max_positions} positions of the model"
+        )
+    return settings.max_total_tokens or config.max_positions
