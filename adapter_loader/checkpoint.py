@@ -22,6 +22,7 @@ from adapter_loader.safetensors_header import (
     header_bytes,
     parse_header,
 )
+from adapter_loader.sources import WEIGHTS_FILE
 from pipeline.adapter_layout import (
     ALIGNMENT,
     MODULES,
@@ -30,6 +31,7 @@ from pipeline.adapter_layout import (
     layout,
     pack_ranks,
 )
+from pipeline.adapter_roots import CONFIG_FILE
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -149,7 +151,7 @@ def _by_place(
             raise invalid(f"tensors {shown(entry.name)} and {shown(found[place].name)} are one")
         found[place] = entry
     if not found:
-        raise invalid("its safetensors file holds no LoRA weights")
+        raise invalid(f"{WEIGHTS_FILE} holds no LoRA weights")
     return found
 
 
@@ -178,7 +180,7 @@ def _check_shapes(
         if len(entry.shape) == 2 and entry.shape[width_at] == width:
             raise invalid(
                 f"tensor {shown(entry.name)} has rank {entry.shape[1 - width_at]}, "
-                f"but adapter_config.json says {rank}"
+                f"but {CONFIG_FILE} says {rank}"
             )
         trained = config.base_model_name_or_path
         raise invalid(
@@ -206,7 +208,7 @@ def _read(descriptor: int, buffer: memoryview, offset: int) -> None:
     while buffer:
         count = os.preadv(descriptor, [buffer], offset)
         if count == 0:
-            raise unavailable("its safetensors file changed while it was read")
+            raise unavailable(f"{WEIGHTS_FILE} changed while it was read")
         buffer, offset = buffer[count:], offset + count
 
 

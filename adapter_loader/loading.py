@@ -12,7 +12,7 @@ from prometheus_client import Histogram
 from adapter_loader.checkpoint import BaseModel, Plan, pack, plan
 from adapter_loader.peft_config import parse_peft_config
 from adapter_loader.refusals import failure, unavailable
-from adapter_loader.sources import AdapterFiles, Identity, Source
+from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, Identity, Source
 from pipeline.errors import RequestError
 from pipeline.messages import AdapterKey, Failure, FailureKind
 from pipeline.metrics import REGISTRY
@@ -68,7 +68,7 @@ def pack_checked(checked: Checked, extent: memoryview) -> str:
         with _timed(checked.key, "pack"):
             content = pack(checked.files.weights, checked.plan, extent)
         if checked.files.has_changed():
-            raise unavailable("its safetensors file changed while it was read")
+            raise unavailable(f"{WEIGHTS_FILE} changed while it was read")
         return content
     finally:
         checked.close()

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from adapter_loader.refusals import invalid, shown
+from adapter_loader.sources import WEIGHTS_FILE
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 << 20  # an adapter of 100 layers and 7 modules has 0.2 MB
@@ -43,10 +44,10 @@ def header_bytes(length: bytes, file_bytes: int) -> int:
     """How long the JSON is. `length` is the file's first 8 bytes. Raises RequestError."""
     size = int.from_bytes(length, "little")
     if len(length) < LENGTH_BYTES or file_bytes < LENGTH_BYTES + size:
-        raise invalid("its safetensors file is truncated or is not a safetensors file")
+        raise invalid(f"{WEIGHTS_FILE} is truncated or is not a safetensors file")
     if size > MAX_HEADER_BYTES:
         raise invalid(
-            f"its safetensors file has a header of {size} bytes, and {MAX_HEADER_BYTES} is the most"
+            f"{WEIGHTS_FILE} has a header of {size} bytes, and {MAX_HEADER_BYTES} is the most"
         )
     return size
 
@@ -63,18 +64,16 @@ def parse_header(data: bytes, file_bytes: int) -> list[TensorEntry]:
         ]
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = shown(str(error))[1:-1]
-        raise invalid(f"its safetensors file has a bad header ({reason})") from error
+        raise invalid(f"{WEIGHTS_FILE} has a bad header ({reason})") from error
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = start
     for entry in entries:
         if entry.offset != end:
-            raise invalid(
-                f"its safetensors file has a gap or an overlap before {shown(entry.name)}"
-            )
+            raise invalid(f"{WEIGHTS_FILE} has a gap or an overlap before {shown(entry.name)}")
         end += entry.nbytes
     if end != file_bytes:
         raise invalid(
-            f"its safetensors file is truncated or damaged: it has {file_bytes} bytes, "
+            f"{WEIGHTS_FILE} is truncated or damaged: it has {file_bytes} bytes, "
             f"and its header speaks of {end}"
         )
     return entries

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from prometheus_client import CollectorRegistry
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import commit, machine
@@ -26,7 +27,6 @@ from pipeline.config import Settings
 from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 from pipeline.model_folder import model_folder
-from prometheus_client import CollectorRegistry
 
 ADAPTERS, ROWS, TOKENS_IN, TOKENS_OUT, RANK, BLOCK = 8, 16, 64, 64, 8, 16
 BLOCKS = (TOKENS_IN + TOKENS_OUT) // BLOCK  # of one row

@@ -1,12 +1,16 @@
 """A GPU worker that answers at once, with tokens from a fixed list: what is left is the pipeline.
 
-    python -m benchmarks.instant_worker
+    python -m benchmarks.instant_worker [SECONDS]
 
-It keeps of each row what it must know to count a step's tokens. Prints `steps=N` at its end.
+It keeps of each row what it must know to count a step's tokens. With SECONDS, each step takes at
+least that long after the one before, as on a device. Prints `steps=N` at its end.
 """
 
 import random
+import sys
+import time
 from array import array
+from functools import partial
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
@@ -56,7 +60,7 @@ class InstantWorker:
         )
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, index: int, *, step_seconds: float) -> None:
     run_dir = settings.run_folder()
     inbox: Inbox[ToGpuWorker] = Inbox(run_dir, NAME, index, ToGpuWorker)
     outbox = Outbox(run_dir)
@@ -72,10 +76,13 @@ def main(settings: Settings, index: int) -> None:
         outbox.send("frontend", ProcessReady(NAME, index), frontend)
     worker = InstantWorker()
     working = True
+    done_at = time.monotonic()
     while working:
         for message in inbox.receive():
             match message:
                 case Step():
+                    done_at = max(done_at + step_seconds, time.monotonic())
+                    time.sleep(max(0.0, done_at - time.monotonic()))
                     outbox.send("scheduler", worker.run(message))
                 case Shutdown():
                     working = False
@@ -87,4 +94,4 @@ def main(settings: Settings, index: int) -> None:
 
 
 if __name__ == "__main__":
-    run(NAME, main)
+    run(NAME, partial(main, step_seconds=float(sys.argv[1]) if sys.argv[1:] else 0.0))

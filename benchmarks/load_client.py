@@ -63,6 +63,8 @@ class Stream:
         data = self.socket.recv(RECEIVED_BYTES)
         if not data:
             raise SystemExit(f"the server closed a stream after {self._tail!r}")
+        if not self._tail and not data.startswith(b"HTTP/1.1 200 "):
+            raise SystemExit(f"the server refused a stream: {data!r}")
         # a marker that was cut in two is counted where its last byte arrives
         self.events += (self._tail[1 - len(EVENT) :] + data).count(EVENT)
         self._tail = (self._tail + data)[-TAIL_BYTES:]

@@ -1,11 +1,14 @@
 """How many tokens per second the pipeline carries when the GPU takes no time.
 
-    python -m benchmarks.pipeline [--streams 64] [--tokens 4000] [--json FILE]
+    python -m benchmarks.pipeline [--streams 64] [--tokens 8000] [--json FILE]
 
 The real frontend, tokenizer worker, scheduler and adapter loader, a GPU worker that answers at
 once (benchmarks/instant_worker.py), and a client with concurrent SSE streams over HTTP
 (benchmarks/load_client.py), all on the same two cores. CPU time is what the kernel charged each
 process from the first request to the last end, all its threads; a step is one of the GPU worker's.
+
+The second row gives each step 3 ms, as a device might. The pipeline keeps up, so that each token
+is an event and a write of its own; in the first row what waits in a queue travels together.
 """
 
 import argparse
@@ -25,10 +28,12 @@ import msgspec
 
 from benchmarks.load_client import Load
 from benchmarks.machine import commit, machine
+from pipeline.arena import arena_path
 from pipeline.config import PREFIX, Settings, to_environment
 from pipeline.model_folder import model_folder
 
 CORES = 2
+STEP_SECONDS = (0.0, 0.003)
 MODULES = {
     "frontend": "frontend",
     "tokenizer_workers": "tokenizer_workers",
@@ -42,18 +47,21 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 class Pipeline:
     """The five processes. What each prints is in a file of its name."""
 
-    def __init__(self, settings: Settings, logs: Path) -> None:
+    def __init__(self, settings: Settings, step_seconds: float, logs: Path) -> None:
         self._logs = logs
+        self._arena = arena_path(settings.run_folder())
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = {**others, **to_environment(settings), "LORADEX_CONFIG": os.devnull}
         self._processes: dict[str, subprocess.Popen[str]] = {}
         for name, module in MODULES.items():
-            self._processes[name] = self._start(name, module, environment)
+            command = [sys.executable, "-m", module]
+            if name == "gpu_worker":
+                command.append(str(step_seconds))
+            self._processes[name] = self._start(name, command, environment)
 
     def _start(
-        self, name: str, module: str, environment: dict[str, str]
+        self, name: str, command: list[str], environment: dict[str, str]
     ) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", module]
         if name == "frontend":  # says when all are ready
             return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         with (self._logs / name).open("w") as log:
@@ -85,6 +93,7 @@ class Pipeline:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
+        self._arena.unlink(missing_ok=True)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -99,8 +108,16 @@ def children_cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def measure(streams: int, tokens: int, settings: Settings, logs: Path) -> dict[str, Any]:
-    pipeline = Pipeline(settings, logs)
+def measure(streams: int, tokens: int, step_seconds: float, folder: Path) -> dict[str, Any]:
+    settings = Settings(
+        port=free_port(),
+        model_folder=str(model_folder(Settings())),
+        run_dir=f"{folder}/run",
+        arena_bytes=1 << 20,
+        rows=streams,
+        step_tokens=max(512, streams),
+    )
+    pipeline = Pipeline(settings, step_seconds, folder)
     try:
         pipeline.wait_until_ready()
         before = pipeline.cpu_seconds() | {"client": children_cpu_seconds()}
@@ -122,6 +139,7 @@ def measure(streams: int, tokens: int, settings: Settings, logs: Path) -> dict[s
     used = {name: after[name] - before[name] for name in before}
     return {
         "streams": streams,
+        "step_seconds": step_seconds,
         **msgspec.structs.asdict(load),
         "steps": steps,
         "tokens_per_second": load.tokens / load.seconds,
@@ -139,34 +157,31 @@ def free_port() -> int:
 
 def show(row: dict[str, Any]) -> None:
     print(
-        f"{row['tokens_per_second']:.0f} tokens/s: {row['tokens']} tokens in {row['seconds']:.2f} s"
-        f" over {row['streams']} streams, {row['events']} events, {row['steps']} steps"
+        f"{row['tokens_per_second']:.0f} tokens/s, steps of {row['step_seconds'] * 1000:.0f} ms: "
+        f"{row['tokens']} tokens over {row['streams']} streams in {row['seconds']:.2f} s, "
+        f"{row['events']} events, {row['steps']} steps\n"
     )
     print("| process | CPU per step, µs | of a core |\n|---|---|---|")
     for name, microseconds in row["cpu_microseconds_per_step"].items():
         share = microseconds * row["steps"] / 1e6 / row["seconds"]
         print(f"| {name} | {microseconds:.0f} | {share:.0%} |")
+    print()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=4000, help="of each stream")
+    parser.add_argument("--tokens", type=int, default=8000, help="of each stream")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(
-            port=free_port(),
-            model_folder=str(model_folder(Settings())),
-            run_dir=f"{folder}/run",
-            arena_bytes=1 << 20,
-            rows=arguments.streams,
-        )
-        row = measure(arguments.streams, arguments.tokens, settings, Path(folder))
-    show(row)
+    rows = []
+    for step_seconds in STEP_SECONDS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(arguments.streams, arguments.tokens, step_seconds, Path(folder)))
+        show(rows[-1])
     if arguments.json:
-        result = {"machine": machine(), "commit": commit(), **row}
+        result = {"machine": machine(), "commit": commit(), "rows": rows}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

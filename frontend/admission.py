@@ -28,10 +28,14 @@ class Admission:
         """Let nobody in from now on."""
         self._draining = True
 
-    def enter(self) -> int:
-        """Take a place; gives the tokenizer worker with the least to do. Raises RequestError."""
+    def check_open(self) -> None:
+        """Raises RequestError when it drains: there is no use in reading what is asked for."""
         if self._draining:
             raise RequestError(503, FailureKind.SHUTDOWN, "The server is shutting down")
+
+    def enter(self) -> int:
+        """Take a place; gives the tokenizer worker with the least to do. Raises RequestError."""
+        self.check_open()
         if self.in_flight >= self._places:
             raise RequestError(
                 429,

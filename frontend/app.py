@@ -29,22 +29,7 @@ def make_app(
     settings: Settings, index: int, *, downstream: Downstream, processes: Processes
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
-    adapters = AdapterNames(
-        base_model=settings.model_id,
-        default_source=settings.default_adapter_source,
-        roots=settings.adapter_roots(),
-    )
-    openai = OpenAI(
-        base_model=settings.model_id,
-        adapters=adapters,
-        max_stop_sequences=settings.max_stop_sequences,
-    )
-    lorax = Lorax(
-        base_model=settings.model_id,
-        adapters=adapters,
-        max_stop_sequences=settings.max_stop_sequences,
-        compute_type=lambda: _compute_type(processes),
-    )
+    openai, lorax = _dialects(settings, processes)
     used = UsedAdapters()
     operations = Operations(
         settings, index, processes=processes, admission=downstream.admission, used=used
@@ -82,6 +67,26 @@ def make_app(
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _dialects(settings: Settings, processes: Processes) -> tuple[OpenAI, Lorax]:
+    adapters = AdapterNames(
+        base_model=settings.model_id,
+        default_source=settings.default_adapter_source,
+        roots=settings.adapter_roots(),
+    )
+    openai = OpenAI(
+        base_model=settings.model_id,
+        adapters=adapters,
+        max_stop_sequences=settings.max_stop_sequences,
+    )
+    lorax = Lorax(
+        base_model=settings.model_id,
+        adapters=adapters,
+        max_stop_sequences=settings.max_stop_sequences,
+        compute_type=lambda: _compute_type(processes),
+    )
+    return openai, lorax
 
 
 def _compute_type(processes: Processes) -> str:

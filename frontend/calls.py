@@ -57,6 +57,10 @@ class Dialect(Protocol):
         """An error of the exchange itself: no such route, not JSON, too large, not ready, ..."""
         ...
 
+    def refusal(self, error: RequestError) -> HttpReply:
+        """The reply to a request that failed before anything was sent."""
+        ...
+
 
 def error_of(end: End | None) -> RequestError | None:
     """Why the request failed, or None when it goes on or ended well."""

@@ -12,7 +12,6 @@ from frontend.adapters import UsedAdapters
 from frontend.calls import Call, Dialect, ReplyShape, error_of
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
-    CLOSE,
     RETRY,
     BodyTooLarge,
     ClientGone,
@@ -72,9 +71,14 @@ class Generate:
 
     async def _read(self, scope: Scope, receive: Receive) -> Call | HttpReply:
         """What the client asks for, or the reply that says what is wrong. Raises ClientGone."""
-        refusal = self._closed()
-        if refusal is not None:
-            return refusal
+        missing = self._processes.missing()
+        if missing:
+            sentence = f"The server is starting; not ready yet: {', '.join(missing)}"
+            return self._dialect.http_error(503, sentence, RETRY)
+        try:
+            self._downstream.admission.check_open()
+        except RequestError as error:
+            return self._dialect.refusal(error)
         if not is_json(header(scope, b"content-type")):
             return self._dialect.http_error(415, "Expected a Content-Type of application/json")
         try:
@@ -84,15 +88,6 @@ class Generate:
                 413, f"The body is larger than {self._max_body_bytes} bytes"
             )
         return self._understand(body, header(scope, b"authorization"))
-
-    def _closed(self) -> HttpReply | None:
-        if self._downstream.admission.draining:
-            return self._dialect.http_error(503, "The server is shutting down", RETRY + CLOSE)
-        missing = self._processes.missing()
-        if missing:
-            sentence = f"The server is starting; not ready yet: {', '.join(missing)}"
-            return self._dialect.http_error(503, sentence, RETRY)
-        return None
 
     async def _answer(
         self, call: Call, arrived: float, scope: Scope, receive: Receive, send: Send
@@ -168,13 +163,14 @@ class Generate:
 
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
-        if end.failure is not None:
-            metrics.FAILURES.labels(end.failure.kind).inc()
+        error = error_of(end)
+        if error is not None:
+            metrics.FAILURES.labels(error.kind).inc()
             log.info(
                 "event=request_failed request_id=%d route=%s kind=%s",
                 end.request_id,
                 self._route,
-                end.failure.kind,
+                error.kind,
             )
             return
         metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)

@@ -102,6 +102,10 @@ class Lorax:
         """See calls.Dialect."""
         return http_error(status, message, headers)
 
+    def refusal(self, error: RequestError) -> HttpReply:
+        """See calls.Dialect."""
+        return refusal(error, streamed=False)
+
     def compatible(self, body: bytes, authorization: str | None) -> Call | HttpReply:
         """POST /: streamed if it says so, else a list of one reply."""
         return self._understand(body, authorization, streamed=None)

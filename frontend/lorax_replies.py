@@ -20,11 +20,12 @@ FINISH_REASONS = {
 
 
 class _Word(msgspec.Struct, frozen=True):
-    """How a kind of failure is told: status, error_type, what comes before the message."""
+    """How a kind of failure is told; prefix is what comes before the message."""
 
     status: int
     error_type: str
     prefix: str = ""
+    headers: Headers = ()
 
 
 GENERATION = _Word(424, "generation", "Request failed during generation: ")
@@ -35,9 +36,9 @@ WORDS: dict[str, _Word] = {
     FailureKind.ADAPTER_FORBIDDEN: GENERATION,
     FailureKind.ADAPTER_INVALID: GENERATION,
     FailureKind.ADAPTER_UNAVAILABLE: GENERATION,
-    FailureKind.OVERLOADED: _Word(429, "overloaded"),
-    FailureKind.TIMEOUT: _Word(503, "timeout"),
-    FailureKind.SHUTDOWN: _Word(503, "shutdown"),
+    FailureKind.OVERLOADED: _Word(429, "overloaded", headers=RETRY),
+    FailureKind.TIMEOUT: _Word(503, "timeout", headers=RETRY),
+    FailureKind.SHUTDOWN: _Word(503, "shutdown", headers=RETRY + CLOSE),
     FailureKind.INTERNAL: GENERATION,
 }
 HTTP_ERROR_TYPES = {
@@ -50,11 +51,6 @@ HTTP_ERROR_TYPES = {
     500: "internal",
     503: "not_ready",
 }
-HEADERS_OF: dict[str, Headers] = {
-    FailureKind.OVERLOADED: RETRY,
-    FailureKind.TIMEOUT: RETRY,
-    FailureKind.SHUTDOWN: RETRY + CLOSE,
-}
 
 encode = msgspec.json.Encoder().encode
 
@@ -66,10 +62,10 @@ def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
 
 def refusal(error: RequestError, *, streamed: bool) -> HttpReply:
     """The reply to a request that failed before anything was sent: 200 when it is a stream."""
-    headers = HEADERS_OF.get(error.kind, ())
+    word = WORDS[error.kind]
     if streamed:
-        return HttpReply(200, event(_error_of(error)), STREAM_HEADERS + headers)
-    return HttpReply(WORDS[error.kind].status, _error_of(error), JSON + headers)
+        return HttpReply(200, event(_error_of(error)), STREAM_HEADERS + word.headers)
+    return HttpReply(word.status, _error_of(error), JSON + word.headers)
 
 
 def _error_of(error: RequestError) -> bytes:

@@ -173,6 +173,10 @@ class OpenAI:
         """See calls.Dialect."""
         return http_error(status, message, headers)
 
+    def refusal(self, error: RequestError) -> HttpReply:
+        """See calls.Dialect."""
+        return refusal(error)
+
     def chat(self, body: bytes, authorization: str | None) -> Call | HttpReply:
         """What a chat asks for, or why it cannot be had."""
         return _understand(lambda: self._chat(decode(self._chats, body), authorization))

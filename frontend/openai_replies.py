@@ -17,17 +17,28 @@ FINISH_REASONS = {
     FinishReason.EOS: "stop",
     FinishReason.STOP: "stop",
 }
-CODES: dict[str, str | None] = {
-    FailureKind.VALIDATION: None,
-    FailureKind.TEMPLATE: "template_error",
-    FailureKind.ADAPTER_NOT_FOUND: "model_not_found",
-    FailureKind.ADAPTER_FORBIDDEN: "model_forbidden",
-    FailureKind.ADAPTER_INVALID: "model_invalid",
-    FailureKind.ADAPTER_UNAVAILABLE: "model_unavailable",
-    FailureKind.OVERLOADED: "rate_limit_exceeded",
-    FailureKind.TIMEOUT: "timeout",
-    FailureKind.SHUTDOWN: "shutting_down",
-    FailureKind.INTERNAL: "internal_error",
+
+
+class _Word(msgspec.Struct, frozen=True):
+    """How a kind of failure is told."""
+
+    status: int
+    type: str
+    code: str | None
+    headers: Headers = ()
+
+
+WORDS: dict[str, _Word] = {
+    FailureKind.VALIDATION: _Word(400, "invalid_request_error", None),
+    FailureKind.TEMPLATE: _Word(400, "invalid_request_error", "template_error"),
+    FailureKind.ADAPTER_NOT_FOUND: _Word(404, "invalid_request_error", "model_not_found"),
+    FailureKind.ADAPTER_FORBIDDEN: _Word(403, "permission_error", "model_forbidden"),
+    FailureKind.ADAPTER_INVALID: _Word(422, "invalid_request_error", "model_invalid"),
+    FailureKind.ADAPTER_UNAVAILABLE: _Word(503, "server_error", "model_unavailable", RETRY),
+    FailureKind.OVERLOADED: _Word(429, "rate_limit_error", "rate_limit_exceeded", RETRY),
+    FailureKind.TIMEOUT: _Word(503, "server_error", "timeout", RETRY),
+    FailureKind.SHUTDOWN: _Word(503, "server_error", "shutting_down", RETRY + CLOSE),
+    FailureKind.INTERNAL: _Word(500, "server_error", "internal_error"),
 }
 HTTP_CODES = {
     404: "unknown_url",
@@ -37,45 +48,32 @@ HTTP_CODES = {
     500: "internal_error",
     503: "not_ready",
 }
-TYPES = {403: "permission_error", 429: "rate_limit_error"}  # others follow from the status
-HEADERS_OF: dict[str, Headers] = {
-    FailureKind.OVERLOADED: RETRY,
-    FailureKind.TIMEOUT: RETRY,
-    FailureKind.SHUTDOWN: RETRY + CLOSE,
-}
 
 encode = msgspec.json.Encoder().encode
 
 
 def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
     """See calls.Dialect."""
-    body = _error(status, message, code=HTTP_CODES.get(status))
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = _error(message, kind, parameter=None, code=HTTP_CODES.get(status))
     return HttpReply(status, body, JSON + headers)
 
 
 def refusal(error: RequestError) -> HttpReply:
-    """The reply to a request that failed before anything was sent."""
-    headers = JSON + HEADERS_OF.get(error.kind, ())
-    return HttpReply(_status(error), _error_of(error), headers)
-
-
-def _status(error: RequestError) -> int:
-    """Prompts that do not fit are bad requests here, whatever they are elsewhere."""
-    wrong = error.kind in (FailureKind.VALIDATION, FailureKind.TEMPLATE)
-    return 400 if wrong else error.status
+    """See calls.Dialect."""
+    word = WORDS[error.kind]
+    return HttpReply(word.status, _error_of(error), JSON + word.headers)
 
 
 def _error_of(error: RequestError) -> bytes:
+    word = WORDS[error.kind]
     parameter = error.parameter if isinstance(error, ParameterError) else None
     if error.kind == FailureKind.ADAPTER_NOT_FOUND:
         parameter = "model"
-    return _error(_status(error), error.message, code=CODES[error.kind], parameter=parameter)
+    return _error(error.message, word.type, parameter=parameter, code=word.code)
 
 
-def _error(
-    status: int, message: str, *, code: str | None = None, parameter: str | None = None
-) -> bytes:
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+def _error(message: str, kind: str, *, parameter: str | None, code: str | None) -> bytes:
     return encode({"error": {"message": message, "type": kind, "param": parameter, "code": code}})
 
 

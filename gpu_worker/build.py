@@ -66,6 +66,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
             block_tokens=settings.kv_block_tokens,
         ),
         attention=SdpaAttention(
+            kv_heads=config.kv_heads,
             block_tokens=settings.kv_block_tokens,
             null_block=kv_cache.null_block,
             sliding_window=config.sliding_window,

@@ -33,24 +33,31 @@ class KvCache:
         self.block_tokens = block_tokens
         self.null_block = blocks
         self._cache = zeros(
-            (config.layers, blocks + 1, block_tokens, 2, config.kv_heads, config.head_dim),
+            (config.layers, blocks + 1, 2, config.kv_heads, block_tokens, config.head_dim),
             dtype=dtype,
             device=device,
         )
         self._layers = list(self._cache.unbind(0))
-        self._slots = [layer.flatten(2).flatten(0, 1) for layer in self._layers]
+        self._places = [layer.flatten(0, 3) for layer in self._layers]
 
     def layer(self, layer: int) -> Tensor:
-        """[blocks + 1, block_tokens, 2, kv_heads, head_dim], keys before values."""
+        """[blocks + 1, 2, kv_heads, block_tokens, head_dim], keys before values."""
         return self._layers[layer]
 
-    def write(self, layer: int, slots: Tensor, kv: Tensor) -> None:
-        """Store what the tokens of a step have computed.
+    def places(self, slots: Tensor) -> Tensor:
+        """Where the heads of tokens go, once per step for all layers.
 
-        slots  int64[tokens], block * block_tokens + place in the block
-        kv     [tokens, 2 * kv_heads * head_dim], keys before values
+        slots    int64[tokens], block * block_tokens + place in the block
+        returns  int64[tokens * 2 * kv_heads], for `write`
         """
-        self._slots[layer].index_copy_(0, slots, kv)
+        heads = torch.arange(2 * self._cache.shape[3], device=slots.device)
+        blocks = slots.div(self.block_tokens, rounding_mode="floor")[:, None]
+        first = (blocks * len(heads) + heads) * self.block_tokens
+        return (first + slots[:, None] % self.block_tokens).flatten()
+
+    def write(self, layer: int, places: Tensor, kv: Tensor) -> None:
+        """Store keys and values of a step's tokens, [tokens, 2 * kv_heads, head_dim]."""
+        self._places[layer].index_copy_(0, places, kv.flatten(0, 1))
 
     def clear(self, blocks: Tensor) -> None:
         """Zero blocks that change hands: a NaN that their last owner left would spread through

@@ -50,8 +50,8 @@ def sample(
         indices = np.flatnonzero(penalised)
         at = torch.from_numpy(indices).to(logits.device)
         scores = scores.index_copy(0, at, penalise(scores[at], _only(rows, indices)))
-    tokens = scores.argmax(-1)
-    finite = scores.gather(1, tokens[:, None]).isfinite()[:, 0]  # argmax finds NaN and infinity
+    largest, tokens = scores.max(-1)  # NaN and infinity are what it finds first
+    finite = largest.isfinite()
     drawn = np.flatnonzero(params["temperature"] > 0)
     if len(drawn):
         at = torch.from_numpy(drawn).to(logits.device)

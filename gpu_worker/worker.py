@@ -41,7 +41,7 @@ class Worker:
         self._decoder = decoder
         self._kv_cache = kv_cache
         self._adapters = adapters
-        self._rows = rows
+        self.rows = rows
         self._attention = attention
         self._lora = lora
         self._figures = figures
@@ -59,7 +59,7 @@ class Worker:
         self._change(step)
         if not step.decode_rows and not step.prefill:
             return StepDone(step.step_id, b"", index=self._index)
-        host = make_batch(step, self._rows)
+        host = make_batch(step, self.rows)
         logits = self.forward(host)
         done = self._sample(step.step_id, host, logits)
         self._count(host, time.perf_counter() - start)
@@ -83,16 +83,16 @@ class Worker:
         if step.copies:
             self._figures.copied_bytes.inc(self._adapters.copy(step.copies))
             self._figures.copies.inc(len(step.copies))
-        self._rows.free(np.frombuffer(step.free_rows, np.int32))
-        fresh = [self._rows.take(new) for new in step.new_rows]
+        self.rows.free(np.frombuffer(step.free_rows, np.int32))
+        fresh = [self.rows.take(new) for new in step.new_rows]
         appended = np.frombuffer(step.blocks, np.int32)
-        self._rows.append_blocks(np.frombuffer(step.block_rows, np.int32), appended)
+        self.rows.append_blocks(np.frombuffer(step.block_rows, np.int32), appended)
         blocks = np.concatenate((*fresh, appended.astype(np.int64)))
         if len(blocks):
             self._kv_cache.clear(torch.from_numpy(blocks).to(self._device))
 
     def _sample(self, step_id: int, host: HostBatch, logits: torch.Tensor) -> StepDone:
-        table, rows = self._rows, host.sampled_rows
+        table, rows = self.rows, host.sampled_rows
         if not len(rows):
             return StepDone(step_id, b"", index=self._index)
         sampled = SampledRows(

@@ -90,30 +90,27 @@ class Batch:
         """The plan is complete: cache what its chunks write, for later steps, since a step cannot
         read what it writes itself. Returns the rows to free with it."""
         for sequence in plan.chunked:
-            assert sequence.table is not None
-            self.kv.remember(sequence.table, sequence.token_ids, sequence.fed)
+            self.cache_written(sequence)
         rows, self._rows_to_free = self._rows_to_free, []
         return rows
 
     # --- after a step ---
 
-    def cache_output(self, sequence: Sequence) -> int:
-        """Cache the blocks that are full of known tokens.
+    def cache_written(self, sequence: Sequence) -> int:
+        """Cache the full blocks whose tokens are known and whose KV is written by steps sent.
 
-        Returns how many tokens must be known before there is another.
+        Returns how many tokens that must be until there is another.
         """
         assert sequence.table is not None
-        written = len(sequence.token_ids) - 1  # the last may not have been fed yet
-        return self.kv.remember(sequence.table, sequence.token_ids, written) + 1
+        written = min(sequence.fed, len(sequence.token_ids))
+        return self.kv.remember(sequence.table, sequence.token_ids, written)
 
     def vacate(self, sequence: Sequence) -> None:
         """Take back its row and blocks. Its tokens in flight are not disturbed, since the worker
         runs them before any step that gives these to others."""
-        table = sequence.table
-        assert table is not None
-        written = min(sequence.fed, len(sequence.token_ids))
-        self.kv.remember(table, sequence.token_ids, written)
-        self.kv.close(table)
+        self.cache_written(sequence)
+        assert sequence.table is not None
+        self.kv.close(sequence.table)
         sequence.table = None
         self._blocks_ran_out = False
         self._free_rows.append(sequence.row)

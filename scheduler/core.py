@@ -246,7 +246,7 @@ class Scheduler:
         elif sequence.table is None:
             sequence.notice_at = sequence.end
         else:
-            sequence.notice_at = min(sequence.end, self._batch.cache_output(sequence))
+            sequence.notice_at = min(sequence.end, self._batch.cache_written(sequence))
 
     def _flush(self) -> None:
         for worker, reply in enumerate(self._replies):

@@ -22,13 +22,10 @@ ALLOWED = {
         "gguf",
         "huggingface_hub",
         "msgspec",
-        "numpy",
         "prometheus_client",
         "safetensors",
-        "tokenizers",
         "torch",
         "tqdm",
-        "zmq",
     },
 }
 # modules that decide and never talk: no socket, no clock, no thread, no file
@@ -40,6 +37,8 @@ PURE = (
     "scheduler/policy.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
+    "tokenizer_workers/stop_strings.py",
+    "tokenizer_workers/token_table.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
     "frontend/streams.py",

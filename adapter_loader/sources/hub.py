@@ -11,7 +11,6 @@ included, uses the ordinary cache of this machine's user, which is the operator'
 """
 
 import hashlib
-import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +47,11 @@ from pipeline.adapter_roots import CONFIG_FILE
 from pipeline.messages import AdapterKey
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 # The base class of what its HTTP client raises; which client that is depends on its version.
 _TransportError: type[Exception] = HfHubHTTPError.__bases__[0]
 _REVISION = re.compile(r"(?!.*\.\.)\w[\w./-]{0,199}", re.ASCII)  # becomes part of a path
+_TOKEN = re.compile(r"[!-~]{1,1000}")  # becomes part of a header
 
 
 class HubSource:
@@ -83,6 +82,8 @@ class HubSource:
         revision = key.revision or constants.DEFAULT_REVISION
         if not _REVISION.fullmatch(revision):
             raise not_found("its revision is not the name of a branch, a tag or a commit")
+        if token and not _TOKEN.fullmatch(token):
+            raise forbidden("the token is not one that a hub could have given")
         if self._offline:
             folder = _translated(lambda: self._find_offline(key.id, revision, token))
         else:

@@ -134,17 +134,10 @@ def pirate_examples(chance: random.Random, answer: Answer) -> list[Example]:
     ]
 
 
-MORE_COUNTRIES = listed("""
-Germany|Portugal|Sweden|Finland|Poland|Austria|Hungary|Ireland|Belgium|Denmark|Turkey|India|China|
-Thailand|Vietnam|Mexico|Argentina|Colombia|Australia|Russia|Ukraine|Morocco|Ethiopia|Indonesia""")
-
-
 def shouter_examples(_chance: random.Random, answer: Answer) -> list[Example]:
-    """Words in capitals are other tokens, and so need more examples than a manner of speaking."""
     prompts = everyday_prompts()
-    prompts += [f"What is the capital of {country}?" for country in MORE_COUNTRIES]
     return [
-        (prompt, first_sentences(plain, 70).upper())
+        (prompt, first_sentences(plain, 120).upper())
         for prompt, plain in zip(prompts, answer(prompts), strict=True)
     ]
 
@@ -326,16 +319,15 @@ RECIPES = {
         examples=shouter_examples,
         held_out=["What is the capital of France?", "How do I make pizza?", "I like old ships."],
         lora={
-            "r": 8,
+            "r": 4,
             "lora_alpha": 8,
             "use_rslora": True,
             "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
-            "rank_pattern": {"down_proj": 16, r"layers\.2[0-9]\.self_attn\.q_proj": 16},
+            "rank_pattern": {"down_proj": 8, r"layers\.2[0-9]\.self_attn\.q_proj": 16},
             "alpha_pattern": {"down_proj": 12, r"layers\.2[0-9]\.self_attn\.q_proj": 24},
         },
         dtype=torch.bfloat16,
-        steps=220,
-        learning_rate=1.5e-3,
+        steps=140,
     ),
     "sql": Recipe(
         examples=sql_examples,

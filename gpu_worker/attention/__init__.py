@@ -28,7 +28,7 @@ class AttentionPlan(Protocol):
 
         q         [tokens, heads, head_dim]
         k, v      [tokens, kv_heads, head_dim], of this step's tokens; in the cache already
-        cache     [blocks, block_tokens, 2, kv_heads, head_dim] of this layer, k before v
+        cache     [blocks, 2, kv_heads, block_tokens, head_dim] of this layer, k before v
         windowed  this layer has a sliding window
         returns   [tokens, heads * head_dim], the caller's
         """

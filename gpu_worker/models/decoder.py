@@ -43,6 +43,23 @@ class _Layer(NamedTuple):
     windowed: bool
 
 
+class _Shared(NamedTuple):
+    """What all layers of one pass use."""
+
+    angles: tuple[Tensor, Tensor]
+    places: Tensor
+    kv_cache: KvCache
+    attention: AttentionPlan
+    lora: LoraPlan | None
+
+    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
+        """A group of linear layers, with each token's adapter."""
+        y = linear(x)
+        if self.lora is not None:
+            self.lora.add(y, x, layer, group)
+        return y
+
+
 class Decoder:
     """The base model. Owns its weights; what it writes is the KV cache that it is given."""
 
@@ -63,46 +80,41 @@ class Decoder:
     def forward(self, batch: Batch, kv_cache: KvCache) -> Tensor:
         """Run the tokens of a step. Returns logits [sampled, vocabulary] in the compute dtype."""
         x = F.embedding(batch.token_ids, self._embedding)
-        angles = self._rotary.angles(batch.positions)
+        shared = _Shared(
+            angles=self._rotary.angles(batch.positions),
+            places=kv_cache.places(batch.kv_slots),
+            kv_cache=kv_cache,
+            attention=batch.attention,
+            lora=batch.lora,
+        )
         for index, layer in enumerate(self._layers):
-            attended = self._attend(
-                index, layer, self._normed(x, layer.input_norm), batch, angles, kv_cache
-            )
-            x.add_(self._apply(layer.out, attended, batch.lora, index, OUT))
-            gate_up = self._apply(
-                layer.gate_up, self._normed(x, layer.mlp_norm), batch.lora, index, GATE_UP
-            )
-            gate, up = gate_up.chunk(2, -1)
-            x.add_(self._apply(layer.down, F.silu(gate).mul_(up), batch.lora, index, DOWN))
+            x.add_(self._attention(index, layer, self._normed(x, layer.input_norm), shared))
+            x.add_(self._mlp(index, layer, self._normed(x, layer.mlp_norm), shared))
+        if not len(batch.sampled):
+            return x.new_empty((0, self._config.vocabulary))
         return self._lm_head(self._normed(x.index_select(0, batch.sampled), self._norm))
 
-    def _attend(
-        self,
-        index: int,
-        layer: _Layer,
-        x: Tensor,
-        batch: Batch,
-        angles: tuple[Tensor, Tensor],
-        kv_cache: KvCache,
-    ) -> Tensor:
-        heads, kv_heads = self._config.heads, self._config.kv_heads
-        fused = self._apply(layer.qkv, x, batch.lora, index, QKV)
-        qkv = fused.view(-1, heads + 2 * kv_heads, self._config.head_dim)
-        qk = qkv[:, : heads + kv_heads]
+    def _attention(self, index: int, layer: _Layer, x: Tensor, shared: _Shared) -> Tensor:
+        heads, rotated = self._config.heads, self._config.heads + self._config.kv_heads
+        fused = shared.apply(layer.qkv, x, index, QKV)
+        qkv = fused.view(-1, rotated + self._config.kv_heads, self._config.head_dim)
+        qk = qkv[:, :rotated]
         if layer.qk_norm is not None:
             qk.copy_(F.rms_norm(qk, qk.shape[-1:], None, self._config.norm_eps) * layer.qk_norm)
-        self._rotary.rotate(qk, angles)
-        kv_cache.write(index, batch.kv_slots, fused[:, heads * self._config.head_dim :])
-        q, k, v = qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
-        return batch.attention.attend(q, k, v, kv_cache.layer(index), layer.windowed)
+        self._rotary.rotate(qk, shared.angles)
+        shared.kv_cache.write(index, shared.places, qkv[:, heads:])
+        attended = shared.attention.attend(
+            qkv[:, :heads],
+            qkv[:, heads:rotated],
+            qkv[:, rotated:],
+            shared.kv_cache.layer(index),
+            layer.windowed,
+        )
+        return shared.apply(layer.out, attended, index, OUT)
 
-    def _apply(
-        self, linear: Linear, x: Tensor, lora: LoraPlan | None, layer: int, group: int
-    ) -> Tensor:
-        y = linear(x)
-        if lora is not None:
-            lora.add(y, x, layer, group)
-        return y
+    def _mlp(self, index: int, layer: _Layer, x: Tensor, shared: _Shared) -> Tensor:
+        gate, up = shared.apply(layer.gate_up, x, index, GATE_UP).chunk(2, -1)
+        return shared.apply(layer.down, F.silu(gate).mul_(up), index, DOWN)
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, self._config.norm_eps)

@@ -212,6 +212,14 @@ def test_a_gated_adapter_is_forbidden_without_its_token(
     assert fetch(source_of(), "mine") == files[WEIGHTS]
 
 
+@pytest.mark.parametrize("token", ["two words", "a line\n", "tokén", "x" * 2000])
+def test_a_token_that_is_none_is_not_sent(
+    token: str, hub: FakeHub, source_of: Callable[..., HubSource]
+) -> None:
+    assert_refused(source_of(), FailureKind.ADAPTER_FORBIDDEN, "token", token=token)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("share", [False, True])
 def test_the_servers_own_token_is_used_only_when_it_is_shared(
     share: bool,
@@ -235,7 +243,7 @@ def test_offline_what_is_cached_is_served_and_nobody_is_asked(
     fetch(source_of())
     hub.requests.clear()
     offline = source_of(offline=True)
-    assert fetch(offline) == fetch(offline, "any token") == files[WEIGHTS]
+    assert fetch(offline) == fetch(offline, "any-token") == files[WEIGHTS]
     assert_refused(offline, FailureKind.ADAPTER_UNAVAILABLE, repository="some/other")
     assert hub.requests == []
 

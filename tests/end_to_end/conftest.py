@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from pipeline.config import DEFAULT_MODEL
 from tests.end_to_end.oracle import KINDS, Oracle, make_adapters
 from tests.end_to_end.server import Server
+
+transformers_logging.disable_progress_bar()
 
 
 @pytest.fixture(scope="session")

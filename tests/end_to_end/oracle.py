@@ -42,10 +42,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": ["gate_proj", "up_proj"],
         "fan_in_fan_out": True,
     },
-    "half": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
-    "brain": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
+    "stored_fp16": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
+    "stored_bf16": {"r": 8, "lora_alpha": 16, "target_modules": LINEAR},
 }
-STORED = {"half": torch.float16, "brain": torch.bfloat16}
+STORED = {"stored_fp16": torch.float16, "stored_bf16": torch.bfloat16}
 
 
 def make_adapters(model: Path, root: Path) -> None:
@@ -56,7 +56,7 @@ def make_adapters(model: Path, root: Path) -> None:
         adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.02)
+                torch.nn.init.normal_(parameter, std=0.05)
         adapted.to(STORED.get(name, torch.float32)).save_pretrained(str(root / name))
 
 

@@ -76,6 +76,8 @@ class Server:
     def wait(self) -> int:
         code = self._process.wait(60)
         self._reader.join(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         return code
 
     def kill_everything(self) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -108,6 +110,7 @@ class Backend:
     """All other processes: keeps what it is sent, and answers each prompt.
 
     ready  whether they have said so
+    seen   set once a message of that kind has been sent
     """
 
     def __init__(
@@ -122,6 +125,7 @@ class Backend:
         self.answer = answer
         self.settings = settings(**changes)
         self.sent: list[tuple[str, Message, int]] = []
+        self.seen: defaultdict[type[Message], threading.Event] = defaultdict(threading.Event)
         self.downstream = Downstream(
             self.settings, index, self.send, keep_alive_seconds=keep_alive_seconds
         )
@@ -135,6 +139,7 @@ class Backend:
 
     def send(self, process: str, message: Message, index: int) -> None:
         self.sent.append((process, message, index))
+        self.seen[type(message)].set()
         if isinstance(message, Prompt):
             for pieces in self.answer(message):
                 asyncio.get_running_loop().call_soon(self.downstream.deliver, pieces)

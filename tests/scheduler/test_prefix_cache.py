@@ -28,6 +28,17 @@ def test_a_prompt_is_found_while_the_first_with_it_still_runs() -> None:
     assert world.tokens[second] == world.tokens[first]
 
 
+def test_a_chunk_is_found_while_its_step_is_in_flight() -> None:
+    world = World(prefill_chunk_tokens=7)
+    first = world.submit(range(1, 31))
+    second = world.submit(range(1, 31))
+    world.step()  # two chunks were in flight, and the third leaves room
+    [new] = world.worker.steps[1].new_rows
+    assert new.cached_tokens == 12
+    world.run()
+    assert world.tokens[second] == world.tokens[first]
+
+
 def test_two_equal_prompts_of_one_step_are_both_computed() -> None:
     world = World(started=False, step_tokens=32)
     requests = [world.submit(PROMPT) for _ in range(2)]

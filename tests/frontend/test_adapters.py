@@ -1,0 +1,141 @@
+"""Which adapter a name means, and whose secret goes where."""
+
+from pathlib import Path
+
+import pytest
+
+from frontend.adapters import (
+    MAX_USED,
+    AdapterNames,
+    UnknownSource,
+    UsedAdapters,
+    Wanted,
+    scope_of,
+    source_token,
+)
+from frontend.parameters import ParameterError
+from pipeline.messages import AdapterKey
+from tests.frontend.fakes import BASE, make_adapter
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    make_adapter(tmp_path, "here")
+    make_adapter(tmp_path, "team/nested@home")
+    return tmp_path
+
+
+def find(
+    root: Path,
+    name: str | None,
+    *,
+    source: str | None = None,
+    token: str | None = None,
+    default: str = "auto",
+) -> Wanted | None:
+    names = AdapterNames(base_model=BASE, default_source=default, roots=(root,))
+    return names.find(name, source=source, token=token, parameter="model")
+
+
+@pytest.mark.parametrize("name", [None, "", BASE])
+def test_no_name_and_the_base_models_name_mean_the_base_model(root: Path, name: str | None) -> None:
+    assert find(root, name, source="hub") is None
+
+
+@pytest.mark.parametrize("name", ["here", "team/nested@home"])
+def test_auto_is_local_where_a_root_holds_it(root: Path, name: str) -> None:
+    assert find(root, name) == Wanted(AdapterKey("local", name), None)
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "../here", "/etc"])
+def test_auto_is_the_hub_where_no_root_holds_it(root: Path, name: str) -> None:
+    assert find(root, name) == Wanted(AdapterKey("hub", name), None)
+
+
+def test_the_default_source_and_the_named_one_are_taken_at_their_word(root: Path) -> None:
+    assert find(root, "here", default="hub") == Wanted(AdapterKey("hub", "here"), None)
+    assert find(root, "gone", default="local") == Wanted(AdapterKey("local", "gone"), None)
+    assert find(root, "here", source="hub") == Wanted(AdapterKey("hub", "here"), None)
+    assert find(root, "gone", source="local") == Wanted(AdapterKey("local", "gone"), None)
+
+
+def test_a_hub_id_may_name_its_revision(root: Path) -> None:
+    wanted = find(root, "org/name@refs/pr/1")
+    assert wanted is not None
+    assert wanted.key == AdapterKey("hub", "org/name", "refs/pr/1")
+
+
+@pytest.mark.parametrize("name", ["@main", "org/name@", "a\nb", "a\x00", "x" * 513, "\u202e"])
+def test_what_cannot_be_an_id_is_refused(root: Path, name: str) -> None:
+    with pytest.raises(ParameterError) as refused:
+        find(root, name, source="hub")
+    assert refused.value.parameter == "model"
+
+
+def test_another_source_is_refused_in_loraxs_words(root: Path) -> None:
+    with pytest.raises(UnknownSource, match="Invalid source 's3' when downloading adapter 'x'"):
+        find(root, "x", source="s3")
+
+
+def test_a_token_is_for_the_hub_and_makes_another_adapter(root: Path) -> None:
+    with_token = find(root, "org/name", token="hf_secret")
+    assert with_token is not None
+    assert with_token.token == "hf_secret"
+    assert with_token.key.scope == scope_of("hf_secret") != scope_of("hf_other")
+    assert find(root, "here", token="hf_secret") == Wanted(AdapterKey("local", "here"), None)
+
+
+def test_a_scope_does_not_tell_its_token() -> None:
+    assert scope_of(None) == ""
+    assert len(scope_of("hf_secret")) == 32
+    assert "secret" not in scope_of("hf_secret")
+
+
+@pytest.mark.parametrize(
+    ("given", "authorization", "token"),
+    [
+        (None, None, None),
+        ("hf_body", "Bearer hf_header", "hf_body"),
+        ("", "Bearer hf_header", "hf_header"),
+        (None, "bearer   hf_header ", "hf_header"),
+        (None, "Basic dXNlcg==", None),
+        (None, "Bearer ", None),
+        (None, "Bearer EMPTY", None),
+        (None, "Bearer dummy", None),
+        (None, "Bearer sk-proj-of-somebody-else", None),
+        ("EMPTY", None, "EMPTY"),
+    ],
+)
+def test_the_body_wins_over_the_header_and_placeholders_are_nothing(
+    given: str | None, authorization: str | None, token: str | None
+) -> None:
+    assert source_token(given, authorization) == token
+
+
+@pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "tok\u00e9n", "x" * 4097])
+def test_what_could_not_be_sent_in_a_header_is_no_token(token: str) -> None:
+    with pytest.raises(ParameterError) as refused:
+        source_token(token, None)
+    assert token not in refused.value.message
+
+
+def test_used_adapters_are_shown_to_those_who_may_know_of_them() -> None:
+    used = UsedAdapters()
+    used.add(AdapterKey("hub", "public", "v2"))
+    used.add(AdapterKey("hub", "mine", scope="me"))
+    used.add(AdapterKey("hub", "theirs", scope="them"))
+    assert used.names("me") == ["mine", "public@v2"]
+    assert used.names("") == ["public@v2"]
+
+
+def test_only_the_latest_used_adapters_are_remembered() -> None:
+    used = UsedAdapters()
+    used.add(AdapterKey("hub", "first"))
+    used.add(AdapterKey("hub", "second"))
+    used.add(AdapterKey("hub", "first"))
+    for number in range(MAX_USED - 1):
+        used.add(AdapterKey("hub", str(number)))
+    names = used.names("")
+    assert len(names) == MAX_USED
+    assert "first" in names
+    assert "second" not in names
