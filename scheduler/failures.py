@@ -19,7 +19,7 @@ def waited_too_long(seconds: float) -> Failure:
 
 def load_too_slow(adapter: AdapterKey, seconds: float) -> Failure:
     return Failure(
-        504,
+        503,
         FailureKind.ADAPTER_UNAVAILABLE,
         f"adapter {adapter.id} could not be loaded within {seconds:g} seconds",
     )

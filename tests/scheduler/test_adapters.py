@@ -127,14 +127,14 @@ def test_an_adapter_larger_than_the_pool_fails_its_requests() -> None:
     assert not world.loader.leases
 
 
-def test_a_load_that_takes_too_long_fails_its_requests_with_504() -> None:
+def test_a_load_that_takes_too_long_fails_its_requests_with_503() -> None:
     world = World(adapter_load_seconds=5)
     request = world.submit(adapter="slow")
     assert world.core.next_deadline() == 5
     world.wait(5)
     failure = world.finished[request].failure
     assert failure is not None
-    assert (failure.status, failure.kind) == (504, FailureKind.ADAPTER_UNAVAILABLE)
+    assert (failure.status, failure.kind) == (503, FailureKind.ADAPTER_UNAVAILABLE)
     assert world.core.next_deadline() is None
 
 
