@@ -13,6 +13,7 @@ from frontend.exchange import ClientGone
 from frontend.streams import Stream, Streams
 from pipeline.config import Settings
 from pipeline.messages import (
+    REQUEST_BITS,
     Cancel,
     End,
     Failure,
@@ -25,7 +26,6 @@ from pipeline.messages import (
     Shutdown,
 )
 
-INDEX_SHIFT = 48  # a request id is the frontend's index, above a counter of this many bits
 KEEP_ALIVE_SECONDS = 15.0
 LAST_WORDS_SECONDS = 1.0  # to send the ends of what the drain cut off
 CUT_OFF = Failure(503, FailureKind.SHUTDOWN, "The server shut down before the reply was complete")
@@ -119,7 +119,7 @@ class Downstream:
         self._streams = Streams()
         self._worker_of: dict[int, int] = {}  # request id -> tokenizer worker
         # Another than before a restart, so that late pieces for a predecessor find nobody.
-        self._counter = secrets.randbits(INDEX_SHIFT - 1)
+        self._counter = secrets.randbits(REQUEST_BITS - 1)
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -135,8 +135,8 @@ class Downstream:
         """
         worker = self.admission.enter()
         self._idle.clear()
-        self._counter = (self._counter + 1) % (1 << INDEX_SHIFT)
-        request_id = self._index << INDEX_SHIFT | self._counter
+        self._counter = (self._counter + 1) % (1 << REQUEST_BITS)
+        request_id = self._index << REQUEST_BITS | self._counter
         self._worker_of[request_id] = worker
         reply = Reply(self._streams, request_id, self._keep_alive_seconds if streamed else 0.0)
         try:

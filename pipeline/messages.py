@@ -9,6 +9,8 @@ from typing import Any
 
 import msgspec
 
+REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
     """The base of all messages."""

@@ -2,7 +2,7 @@
 
 Inputs are methods named after what happened; take_outbox empties what is to be sent. Each prompt
 is answered by exactly one End, unless its frontend cancels it. A frontend is known by its
-requests: it is request_id >> FRONTEND_SHIFT.
+requests: it is request_id >> REQUEST_BITS.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import msgspec
 
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    REQUEST_BITS,
     Cancel,
     End,
     Failure,
@@ -30,7 +31,6 @@ from tokenizer_workers.decode import TextDecoder
 from tokenizer_workers.encode import Encoded
 from tokenizer_workers.stop_strings import StopStrings
 
-FRONTEND_SHIFT = 48
 PROCESS = "tokenizer_workers"
 
 
@@ -167,7 +167,7 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
-        outgoing = self._outgoing[prompt.request_id >> FRONTEND_SHIFT]
+        outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
         try:
             encoded = self._encode(prompt)
         except RequestError as error:
@@ -236,7 +236,7 @@ class Core:
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
         del self._outgoing[frontend]
-        for request_id in [r for r in self._requests if r >> FRONTEND_SHIFT == frontend]:
+        for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))

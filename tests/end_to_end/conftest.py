@@ -15,7 +15,7 @@ from pipeline.config import DEFAULT_MODEL
 from tests.end_to_end.oracle import KINDS, Oracle, make_adapters
 from tests.end_to_end.server import Server
 
-transformers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Start, drain, end; and a start after everything was killed."""
 
 import json
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,14 +37,16 @@ def test_sigterm_drains(serve: Callable[..., Server], model: Path, root: Path) -
         "stream_options": {"include_usage": True},
     }
 
-    def stream(number: int) -> int:
+    everybody_streams = threading.Barrier(8, timeout=60)
+
+    def stream(_number: int) -> int:
         """The tokens that the last chunk speaks of."""
         with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as reply:
             events = []
             for line in reply.iter_lines():
                 if line:
                     events.append(line.removeprefix("data: "))
-                if len(events) == 1 and number == 0:
+                if len(events) == 1 and everybody_streams.wait() == 0:
                     server.terminate()
         assert events[-1] == "[DONE]"
         return int(json.loads(events[-2])["usage"]["completion_tokens"])

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from frontend.downstream import CUT_OFF, INDEX_SHIFT, Downstream
+from frontend.downstream import CUT_OFF, Downstream
 from frontend.exchange import ClientGone
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    REQUEST_BITS,
     AdapterKey,
     Cancel,
     Message,
@@ -50,7 +51,7 @@ async def test_a_prompt_gets_a_number_of_its_frontend_and_a_time() -> None:
         with requests.start(prompt(), streamed=True):
             pass
     first, second = sent.messages(Prompt)
-    assert first.request_id >> INDEX_SHIFT == second.request_id >> INDEX_SHIFT == 3
+    assert first.request_id >> REQUEST_BITS == second.request_id >> REQUEST_BITS == 3
     assert first.request_id != second.request_id
     assert 0 < first.arrived <= second.arrived
     assert (first.text, first.sampling) == ("Hi", Sampling())

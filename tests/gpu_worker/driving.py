@@ -44,6 +44,7 @@ class Row:
     def __init__(self, new: NewRow, tokens: list[int], blocks: list[int]) -> None:
         self.new = new
         self.tokens = tokens
+        self.given = len(tokens)  # known to the worker before it produced any here
         self.computed = new.cached_tokens  # tokens whose KV is in the blocks
         self.blocks = blocks
         self.logprobs: list[float] = []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    REQUEST_BITS,
     AdapterKey,
     Cancel,
     End,
@@ -30,7 +31,7 @@ from tokenizer_workers.core import Core
 from tokenizer_workers.encode import Encoded
 
 SPECIAL = 0
-SECOND_FRONTEND = 1 << 48
+SECOND_FRONTEND = 1 << REQUEST_BITS
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, total_seconds=9.0)
 
 
