@@ -2,9 +2,9 @@
 
     python -m benchmarks.cpu_worker [--dtype bfloat16|float32] [--threads N] [--profile]
 
-8 random adapters of rank 8 on all seven linear layers of the default model, 16 rows, 64 tokens in,
-64 out, greedy. Prints produced tokens per second, prefill and the median decode step, and with
---profile the operators that take most of the time.
+8 random adapters of rank 8 on all seven linear layers of the default model, 64 tokens in, 64 out,
+greedy. Prints produced tokens per second, the times of the prefill and of a decode step, and
+with --profile the operators that take most of the time.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import mmap
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -78,19 +79,43 @@ def prefill_steps(sampling: Sampling, lora: bool) -> list[Step]:
     ]
 
 
-def turn(worker: Worker, prefill: list[Step]) -> tuple[float, list[float]]:
-    """Seconds of the prefill, and of each decode step."""
-    start = time.perf_counter()
+class Turn(NamedTuple):
+    """Times in seconds; processor time counts all threads, and leaves out waiting for a core."""
+
+    prefill: float
+    prefill_processor: float
+    decode: list[float]  # per step
+    decode_processor: float
+
+    def __str__(self) -> str:
+        steps = len(self.decode)
+        rate = ROWS * TOKENS_OUT / (self.prefill + sum(self.decode))
+        return (
+            f"{rate:.0f} tokens/s; prefill {1e3 * self.prefill:.0f} ms "
+            f"(processor {1e3 * self.prefill_processor:.0f}); decode step "
+            f"{1e3 * statistics.median(self.decode):.1f} ms, best {1e3 * min(self.decode):.1f} "
+            f"(processor {1e3 * self.decode_processor / steps:.1f})"
+        )
+
+
+def turn(worker: Worker, prefill: list[Step]) -> Turn:
+    """16 replies, from the prompts to the last token."""
+    start, processor_start = time.perf_counter(), time.process_time()
     for step in prefill:
         worker.run(step)
-    prefill_seconds = time.perf_counter() - start
+    prefill_end, processor_prefill_end = time.perf_counter(), time.process_time()
     decode = Step(3, decode_rows=ints(range(ROWS)))
     seconds = []
     for _ in range(TOKENS_OUT - 1):
-        start = time.perf_counter()
+        step_start = time.perf_counter()
         worker.run(decode)
-        seconds.append(time.perf_counter() - start)
-    return prefill_seconds, seconds
+        seconds.append(time.perf_counter() - step_start)
+    return Turn(
+        prefill=prefill_end - start,
+        prefill_processor=processor_prefill_end - processor_start,
+        decode=seconds,
+        decode_processor=time.process_time() - processor_prefill_end,
+    )
 
 
 def main() -> None:
@@ -113,12 +138,7 @@ def main() -> None:
     prefill = prefill_steps(sampling, not options.base)
     turn(worker, prefill)
     for _ in range(options.turns):
-        prefill_seconds, decode = turn(worker, prefill)
-        rate = ROWS * TOKENS_OUT / (prefill_seconds + sum(decode))
-        print(
-            f"{rate:.0f} tokens/s: prefill {prefill_seconds * 1000:.0f} ms, decode step "
-            f"{statistics.median(decode) * 1000:.1f} ms (best {min(decode) * 1000:.1f})"
-        )
+        print(turn(worker, prefill))
     if options.profile:
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
             turn(worker, prefill)

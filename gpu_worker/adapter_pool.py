@@ -35,7 +35,7 @@ class AdapterPool:
         device: torch.device,
     ) -> None:
         self._pool = zeros((nbytes,), dtype=torch.uint8, device=device)
-        self._shapes = shapes
+        self.shapes = shapes
         self._dtype = dtype
         self._arena: Tensor | None = None
         self._adapters: dict[int, Adapter] = {}
@@ -67,7 +67,7 @@ class AdapterPool:
         return copied
 
     def _views(self, packed: Tensor, ranks: Sequence[int]) -> Adapter:
-        places = layout(ranks, self._shapes, self._dtype.itemsize)
+        places = layout(ranks, self.shapes, self._dtype.itemsize)
         if places.nbytes != packed.numel():
             raise ValueError(f"{packed.numel()} bytes for an adapter of {places.nbytes}")
         layers = len(ranks) // len(MODULES)
@@ -80,7 +80,7 @@ class AdapterPool:
     def _group(
         self, packed: Tensor, places: AdapterLayout, layer: int, group: tuple[int, ...]
     ) -> GroupWeights:
-        of_modules = [(self._shapes[module], places.at(layer, module)) for module in group]
+        of_modules = [(self.shapes[module], places.at(layer, module)) for module in group]
         return GroupWeights(
             lora_a=self._stacked_a(packed, of_modules),
             lora_b=tuple(

@@ -40,7 +40,7 @@ class Worker:
     ) -> None:
         self._decoder = decoder
         self._kv_cache = kv_cache
-        self._adapters = adapters
+        self.adapters = adapters
         self.rows = rows
         self._attention = attention
         self._lora = lora
@@ -50,7 +50,7 @@ class Worker:
 
     def attach_arena(self, arena: mmap) -> None:
         """Adapters are copied out of this from now on."""
-        self._adapters.attach_arena(arena)
+        self.adapters.attach_arena(arena)
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepDone:
@@ -75,13 +75,13 @@ class Worker:
             kv_slots=torch.from_numpy(host.kv_slots).to(device),
             sampled=torch.from_numpy(host.sampled).to(device),
             attention=self._attention.plan(host.sequences),
-            lora=self._lora.plan(host.segments, self._adapters.adapters) if host.segments else None,
+            lora=self._lora.plan(host.segments, self.adapters.adapters) if host.segments else None,
         )
         return self._decoder.forward(batch, self._kv_cache)
 
     def _change(self, step: Step) -> None:
         if step.copies:
-            self._figures.copied_bytes.inc(self._adapters.copy(step.copies))
+            self._figures.copied_bytes.inc(self.adapters.copy(step.copies))
             self._figures.copies.inc(len(step.copies))
         self.rows.free(np.frombuffer(step.free_rows, np.int32))
         fresh = [self.rows.take(new) for new in step.new_rows]

@@ -36,8 +36,14 @@ def ask_all(server: Server, **parameters: Any) -> list[list[int]]:
         return list(threads.map(ask, MIXED))
 
 
-def expected(oracle: Oracle) -> list[list[int]]:
-    return [oracle.token_ids(prompt, adapter, TOKENS) for prompt, adapter in MIXED]
+def is_greedy(oracle: Oracle, prompt: str, adapter: str | None, tokens: list[int]) -> bool:
+    return len(tokens) == TOKENS and oracle.greedy(prompt, adapter, tokens) == tokens
+
+
+def all_are_greedy(oracle: Oracle, answers: list[list[int]]) -> bool:
+    return all(
+        is_greedy(oracle, *request, tokens) for request, tokens in zip(MIXED, answers, strict=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +54,20 @@ def server(serve: Callable[..., Server], adapter_root: Path) -> Server:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_alone(server: Server, oracle: Oracle, adapter: str | None) -> None:
     for prompt in PROMPTS[:2]:
-        asked = server.token_ids(prompt, adapter, max_new_tokens=TOKENS)
-        assert asked == oracle.token_ids(prompt, adapter, TOKENS)
+        tokens = server.token_ids(prompt, adapter, max_new_tokens=TOKENS)
+        assert is_greedy(oracle, prompt, adapter, tokens)
 
 
-def test_every_kind_of_adapter_changes_the_answer(oracle: Oracle) -> None:
+def test_every_kind_of_adapter_changes_the_answer(server: Server) -> None:
     """Else the other tests would say nothing."""
-    for kind in KINDS:
-        assert any(
-            oracle.token_ids(prompt, kind, TOKENS) != oracle.token_ids(prompt, None, TOKENS)
-            for prompt in PROMPTS[:2]
-        ), kind
+    answers = {
+        tuple(server.token_ids(PROMPTS[0], adapter, max_new_tokens=TOKENS)) for adapter in ADAPTERS
+    }
+    assert len(answers) == len(ADAPTERS)
 
 
 def test_in_a_mixed_batch_of_sixteen(server: Server, oracle: Oracle) -> None:
-    assert ask_all(server) == expected(oracle)
+    assert all_are_greedy(oracle, ask_all(server))
 
 
 def test_after_a_prefix_hit(server: Server, oracle: Oracle) -> None:
@@ -71,8 +76,8 @@ def test_after_a_prefix_hit(server: Server, oracle: Oracle) -> None:
     before = server.metric("loradex_prefix_cache_hit_tokens_total")
     for adapter in ("all_linear", "qv", None):
         prompt = story + " and then"
-        asked = server.token_ids(prompt, adapter, max_new_tokens=TOKENS)
-        assert asked == oracle.token_ids(prompt, adapter, TOKENS)
+        tokens = server.token_ids(prompt, adapter, max_new_tokens=TOKENS)
+        assert is_greedy(oracle, prompt, adapter, tokens)
     assert eventually(lambda: server.metric("loradex_prefix_cache_hit_tokens_total") > before)
 
 
@@ -90,7 +95,7 @@ def test_with_a_chunk_size_of_seven(
     serve: Callable[..., Server], adapter_root: Path, oracle: Oracle
 ) -> None:
     server = serve(adapter_root=adapter_root, dtype="float32", prefill_chunk_tokens=7)
-    assert ask_all(server) == expected(oracle)
+    assert all_are_greedy(oracle, ask_all(server))
 
 
 def test_after_preemption(serve: Callable[..., Server], adapter_root: Path, oracle: Oracle) -> None:
@@ -100,7 +105,6 @@ def test_after_preemption(serve: Callable[..., Server], adapter_root: Path, orac
         adapter_root=adapter_root,
         dtype="float32",
         kv_cache_bytes=14 * block_bytes,
-        prefix_cache=True,
     )
-    assert ask_all(server) == expected(oracle)
+    assert all_are_greedy(oracle, ask_all(server))
     assert eventually(lambda: server.metric("loradex_preemptions_total") > 0)

@@ -1,5 +1,6 @@
 """Adapters of every kind against PEFT, in fp32 and token for token, through whole steps."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,11 @@ def expected(model: PeftModel, adapter: str | None, tokens: list[int], count: in
 
 def _logits(model: PeftModel, adapter: str | None, tokens: list[int]) -> torch.Tensor:
     ids = torch.tensor([tokens])
-    if adapter is None:
-        with model.disable_adapter():
-            return model(ids).logits[0, -1]
-    model.set_adapter(adapter)
-    return model(ids).logits[0, -1]
+    if adapter is not None:
+        model.set_adapter(adapter)
+    with model.disable_adapter() if adapter is None else contextlib.nullcontext():
+        logits: torch.Tensor = model(ids).logits[0, -1]
+    return logits
 
 
 def slot(adapter: str | None) -> int:

@@ -69,6 +69,6 @@ def test_bfloat16_stays_near_fp32(name: str, tmp_path: Path) -> None:
     tokens = prompt(1, 37)
     with torch.inference_mode():
         expected = model(torch.tensor([tokens])).logits[0, -1]
-        rounded = model.to(torch.bfloat16)(torch.tensor([tokens])).logits[0, -1].float()
+        rounded = model.bfloat16()(torch.tensor([tokens])).logits[0, -1].float()
     ours = last_logits(make_worker(tmp_path, dtype="bfloat16"), tokens).float()
     assert (ours - expected).norm() < 1.5 * (rounded - expected).norm()

@@ -43,7 +43,7 @@ def workers(
 @pytest.fixture(scope="module")
 def alone(workers: dict[str, Worker]) -> dict[str, list[list[int]]]:
     """What each sequence produces when nobody else runs."""
-    replies = {}
+    replies: dict[str, list[list[int]]] = {}
     for name, worker in workers.items():
         driver = Driver(worker, blocks=range(BLOCKS))
         replies[name] = []

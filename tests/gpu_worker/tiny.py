@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 CONTEXT = 256
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
@@ -26,17 +27,20 @@ SIZES = {
     "max_position_embeddings": CONTEXT,
     "initializer_range": 0.15,  # wide enough that greedy tokens differ from step to step
 }
-LLAMA3 = {
+LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 2.5}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
-    "llama_llama3": LlamaConfig(**SIZES, rope_scaling=LLAMA3, tie_word_embeddings=True),
-    "llama_linear": LlamaConfig(**SIZES, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+    "llama_llama3": LlamaConfig(
+        **SIZES, rope_parameters={"rope_theta": 5000.0, **LLAMA3}, tie_word_embeddings=True
+    ),
+    "llama_linear": LlamaConfig(**SIZES, rope_parameters={"rope_theta": 1e4, **LINEAR}),
     "llama_biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": MistralConfig(**SIZES, sliding_window=9),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
@@ -50,7 +54,9 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make_model(folder: Path, name: str, max_shard_size: str = "1GB") -> PreTrainedModel:
     """Save a random model; its biases and norms are random too, so that none can be forgotten."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        CONFIGS[name], dtype=torch.float32
+    )
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
@@ -62,9 +68,10 @@ def make_model(folder: Path, name: str, max_shard_size: str = "1GB") -> PreTrain
 
 def load_model(folder: Path) -> PreTrainedModel:
     """The oracle; without its own fused attention, so that both sides are not the same code."""
-    return AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    return model
 
 
 ADAPTERS = {

@@ -270,16 +270,46 @@ def test_one_that_needs_much_room_is_not_passed_for_ever() -> None:
 
 def test_the_base_model_passes_one_that_needs_much_room() -> None:
     world = World(pool_bytes=HALF)
-    world.submit(adapter="a", max_tokens=30)
+    running = world.submit(adapter="a", max_tokens=30)
     world.stage(nbytes=HALF)
     large = world.submit(adapter="large")
     world.stage(nbytes=HALF)
     world.wait(MAX_OVERTAKING_SECONDS)
     base = world.submit(max_tokens=2)
-    also_a = world.submit(adapter="a", max_tokens=2)
+    also_a = world.submit(adapter="a", max_tokens=9)
     world.run()
-    assert list(world.finished).index(base) < list(world.finished).index(large)
-    assert list(world.finished).index(large) < list(world.finished).index(also_a)
+    assert list(world.finished) == [base, running, large, also_a]
+
+
+def test_small_adapters_do_not_take_the_room_that_a_large_one_waits_for() -> None:
+    world = World(pool_bytes=2 * HALF)
+    running = world.submit(adapter="a", max_tokens=30)
+    world.stage(nbytes=HALF)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=2 * HALF)
+    world.wait(MAX_OVERTAKING_SECONDS)
+    small = world.submit(adapter="small")
+    world.stage(nbytes=HALF)
+    world.run()
+    assert list(world.finished) == [running, large, small]
+    assert loads(world).count(key("small")) == 1
+
+
+def test_room_is_found_when_the_one_it_was_kept_for_is_cancelled() -> None:
+    world = World(slots=1, rows=1)
+    make_resident(world, "a")
+    running = world.submit(max_tokens=30)
+    older = world.submit(adapter="a")
+    world.submit(adapter="b")
+    world.stage()
+    world.step()
+    world.step()
+    assert world.loader.leases
+    world.cancel(older)
+    while world.loader.leases:
+        world.step()
+    assert running not in world.finished
+    world.run()
 
 
 def test_a_request_does_not_go_on_with_other_bytes_under_the_same_name() -> None:

@@ -1,9 +1,11 @@
 """The block allocator and the prefix cache."""
 
 import random
+import weakref
 from array import array
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -145,6 +147,26 @@ def test_two_that_compute_the_same_at_once_keep_their_own_blocks() -> None:
     kv.close(second)
     assert kv.used == 0
     assert cached_after(kv, tokens(1, 2)) == 2 * SIZE
+
+
+class Root:
+    """A name that can be watched."""
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_a_root_is_forgotten_with_its_last_block(computed: bool) -> None:
+    kv = kv_blocks(2)
+    root = Root()
+    watched = weakref.ref(root)
+    table = kv.open(root, tokens(1), reserve=0)
+    assert table is not None
+    if computed:
+        kv.remember(table, tokens(1), SIZE)
+    kv.close(table)
+    del root, table
+    assert (watched() is not None) == computed
+    kv.close(take(kv, tokens(2)))
+    assert watched() is None
 
 
 @given(

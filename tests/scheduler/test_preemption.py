@@ -104,3 +104,25 @@ def test_a_sequence_that_shares_nothing_of_equal_blocks_still_ends() -> None:
     world.run()
     for request in requests:
         assert world.tokens[request] == reply(BASE, range(1, 18), 28, ignore_eos=True)
+
+
+def test_a_sequence_is_not_started_if_it_would_leave_no_block_for_each_that_runs() -> None:
+    world = World(kv_blocks=4, block_tokens=4, rows=2)
+    first = world.submit([1], max_tokens=9)
+    second = world.submit([2] * 12, max_tokens=2)
+    world.step()
+    assert world.core.figures().requests_running == 1
+    world.run()
+    assert list(world.finished) == [first, second]
+    assert world.core.figures().preemptions == 0
+
+
+def test_when_one_that_found_too_few_blocks_is_cancelled_the_next_is_tried() -> None:
+    world = World(kv_blocks=8, block_tokens=4, rows=3)
+    first = world.submit([1], max_tokens=20)
+    large = world.submit([2] * 30, max_tokens=2)
+    small = world.submit([3], max_tokens=2)
+    world.step()
+    world.cancel(large)
+    world.run()
+    assert list(world.finished) == [small, first]

@@ -1,0 +1,71 @@
+"""Stacked matrices, and how long they are kept."""
+
+import torch
+
+from gpu_worker.kernels import Adapter
+from gpu_worker.kernels.stacks import StackCache, make_stack
+from pipeline.adapter_layout import MODULES
+from tests.gpu_worker.lora import make_pool, make_shapes
+
+RANKS = [4] * len(MODULES)
+
+
+def make_adapters(count: int) -> list[Adapter]:
+    pool = make_pool([RANKS] * count, shapes=make_shapes())
+    return [pool.adapters[slot] for slot in range(count)]
+
+
+def test_a_stack_holds_every_matrix_with_its_owner() -> None:
+    mixed = [2, 0, 3, 0, 5, 0, 1]
+    pool = make_pool([RANKS, mixed], shapes=make_shapes())
+    adapters = [pool.adapters[0], pool.adapters[1]]
+    stack = make_stack(adapters)
+    for group, stacked in enumerate(stack.groups[0]):
+        owner = torch.from_numpy(stack.owners[stacked.owners])
+        for position, adapter in enumerate(adapters):
+            own = adapter.groups[0][group]
+            assert torch.equal(stacked.lora_a[owner == position], own.lora_a)
+            for module in stacked.modules:
+                mine = owner[module.ranks] == position
+                b = module.lora_b.T[:, mine]
+                assert any(torch.equal(b, of_module) for of_module in own.lora_b)
+
+
+def test_a_group_that_nobody_has_is_empty() -> None:
+    query_only = [2, 0, 0, 0, 0, 0, 0]
+    pool = make_pool([query_only, query_only], shapes=make_shapes())
+    stack = make_stack([pool.adapters[0], pool.adapters[1]])
+    assert [len(group.modules) for group in stack.groups[0]] == [1, 0, 0, 0]
+
+
+def test_the_same_set_is_stacked_once() -> None:
+    one, two, three = make_adapters(3)
+    cache = StackCache(10**9)
+    stack = cache.get([one, two])
+    assert cache.get([two, one]) is stack
+    assert cache.get([two, three]) is not stack
+
+
+def test_a_part_of_a_stacked_set_uses_its_stack_unless_that_wastes_half() -> None:
+    adapters = make_adapters(5)
+    cache = StackCache(10**9)
+    stack = cache.get(adapters)
+    assert cache.get(adapters[:3]) is stack
+    assert cache.get(adapters[:2]).versions == (adapters[0].version, adapters[1].version)
+
+
+def test_stacks_that_were_not_used_for_longest_make_room() -> None:
+    one, two, three, four = make_adapters(4)
+    cache = StackCache(4 * one.nbytes)
+    first, second = cache.get([one, two]), cache.get([three, four])
+    assert cache.get([one, two]) is first
+    third = cache.get([one, three])  # in place of the second
+    assert cache.get([one, two]) is first
+    assert cache.get([one, three]) is third
+    assert cache.get([three, four]) is not second
+
+
+def test_a_stack_beyond_the_memory_is_made_and_not_kept() -> None:
+    adapters = make_adapters(2)
+    cache = StackCache(1)
+    assert cache.get(adapters) is not cache.get(adapters)
