@@ -118,7 +118,9 @@ class Server:
 
     def token_ids(self, inputs: str, adapter: str | None = None, **parameters: Any) -> list[int]:
         details = self.generate(inputs, adapter, **parameters)["details"]
-        return [token["id"] for token in details["tokens"]]
+        ids = [token["id"] for token in details["tokens"]]
+        assert len(ids) == details["generated_tokens"] == parameters["max_new_tokens"]
+        return ids
 
     def metric(self, name: str) -> float:
         """The sum over all samples of that name."""
