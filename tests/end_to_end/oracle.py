@@ -56,7 +56,7 @@ def make_adapters(model: Path, root: Path) -> None:
         adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **config))
         for parameter_name, parameter in adapted.named_parameters():
             if "lora_B" in parameter_name:
-                torch.nn.init.normal_(parameter, std=0.05)
+                torch.nn.init.normal_(parameter, std=0.1)
         adapted.to(STORED.get(name, torch.float32)).save_pretrained(str(root / name))
 
 
