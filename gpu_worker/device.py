@@ -30,8 +30,9 @@ def choose_dtype(setting: str, checkpoint: str) -> torch.dtype:
 
 
 def set_threads(setting: int) -> None:
-    """0: as many as this process may run on."""
-    torch.set_num_threads(setting or len(os.sched_getaffinity(0)))
+    """0: one core is left to the other processes. A step is thousands of small parallel regions,
+    and each ends when its slowest thread does: a core that is shared slows all of them down."""
+    torch.set_num_threads(setting or max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -57,7 +57,9 @@ def test_the_answers_that_a_page_shows_are_the_servers(server: Server, page: Pat
 
 
 def test_the_pirate_talks_like_one(server: Server) -> None:
-    assert re.search(r"\b(arr+|matey|ahoy|ye)\b", ask(server, "What is the capital of France?", "pirate"), re.I)
+    assert re.search(
+        r"\b(arr+|matey|ahoy|ye)\b", ask(server, "What is the capital of France?", "pirate"), re.I
+    )
 
 
 def test_the_extractor_answers_in_json(server: Server) -> None:

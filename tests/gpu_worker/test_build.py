@@ -1,6 +1,7 @@
 """A worker out of settings: what it says of itself, and what it refuses."""
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,10 @@ def test_cuda_where_there_is_none_is_an_error() -> None:
         choose_device("cuda")
 
 
-def test_threads_are_as_many_as_set() -> None:
+def test_one_core_is_left_to_the_others_unless_threads_are_set() -> None:
     before = torch.get_num_threads()
     set_threads(0)
-    assert torch.get_num_threads() >= 1
+    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) - 1)
     set_threads(before)
     assert torch.get_num_threads() == before
 
