@@ -1,21 +1,14 @@
 """Top-k, top-p, typical-p and min-p over rows of logits; each row has its own numbers.
 
-All but typical-p keep what lies at or above a threshold, so ties are kept or dropped together, and
-a row's result cannot depend on how anything was sorted. The threshold of top-p is looked for among
-the CANDIDATES largest logits, and only rows whose nucleus is wider are sorted in full.
+What ties is kept or dropped together, so a row's result cannot depend on how anything was sorted.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CANDIDATES = 256
 DROPPED = float("-inf")
-Keep = Callable[[Tensor, Tensor], Tensor]  # scores, the rows' numbers -> bool
 
 
 def filter_(scores: Tensor, params: NDArray[np.void]) -> None:
@@ -25,65 +18,83 @@ def filter_(scores: Tensor, params: NDArray[np.void]) -> None:
     params  rows.SAMPLING[n]
     """
     vocabulary = scores.shape[1]
-    top_k = params["top_k"]
-    _apply(scores, (top_k > 0) & (top_k < vocabulary), top_k, keep_top_k)
-    _apply(scores, params["top_p"] < 1, params["top_p"], keep_top_p)
-    _apply(scores, params["typical_p"] < 1, params["typical_p"], keep_typical)
-    _apply(scores, params["min_p"] > 0, params["min_p"], keep_min_p)
+    top_k, top_p = params["top_k"], params["top_p"]
+    k = np.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
+    rows = np.flatnonzero((k < vocabulary) | (top_p < 1))
+    if len(rows):
+        some, at = _take(scores, rows)
+        dropped = some < likeliest(some, _column(k[rows], some), _column(top_p[rows], some))
+        _drop(scores, at, some, dropped)
+    rows = np.flatnonzero(params["typical_p"] < 1)
+    if len(rows):
+        some, at = _take(scores, rows)
+        dropped = untypical(some, _column(params["typical_p"][rows], some))
+        _drop(scores, at, some, dropped)
+    rows = np.flatnonzero(params["min_p"] > 0)
+    if len(rows):
+        some, at = _take(scores, rows)
+        lowest = some.amax(-1, keepdim=True) + _column(params["min_p"][rows], some).log()
+        _drop(scores, at, some, some < lowest)
 
 
-def _apply(scores: Tensor, chosen: NDArray[np.bool_], values: NDArray[Any], keep: Keep) -> None:
-    indices = np.flatnonzero(chosen)
-    if len(indices) == 0:
-        return
-    of_rows = torch.from_numpy(values[indices][:, None]).to(scores.device)
-    if len(indices) == len(chosen):
-        scores.masked_fill_(~keep(scores, of_rows), DROPPED)
-        return
-    at = torch.from_numpy(indices).to(scores.device)
-    rows = scores[at]
-    scores.index_copy_(0, at, rows.masked_fill_(~keep(rows, of_rows), DROPPED))
+def likeliest(scores: Tensor, k: Tensor, p: Tensor) -> Tensor:
+    """The lowest logit [n, 1] that stays when the k largest are kept, and of those the smallest set
+    of the likeliest whose probabilities reach p (Holtzman et al., arXiv:1904.09751).
+
+    scores  fp32[n, vocabulary]
+    k       int64[n, 1], from 1 to the vocabulary
+    p       fp32[n, 1]; 1 keeps all that have a probability
+    """
+    ordered = _ascending(scores)
+    weights = (ordered - ordered[:, -1:]).exp_()
+    weights.masked_fill_(ordered < ordered.gather(1, ordered.shape[1] - k), 0)
+    below = weights.cumsum(-1, dtype=torch.float64)  # of a token and those less likely
+    dropped = (below <= (1 - p.double()) * below[:, -1:]).sum(-1, keepdim=True)
+    return ordered.gather(1, dropped.clamp_(max=ordered.shape[1] - 1))
 
 
-def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:
-    """The k largest, with all that tie with the last. k is int64[n, 1]."""
-    largest = scores.topk(int(k.max())).values
-    return scores >= largest.gather(1, k - 1)
+def untypical(scores: Tensor, mass: Tensor) -> Tensor:
+    """bool[n, vocabulary]: what is not among the smallest set of those whose surprise is nearest to
+    the entropy, whose probabilities reach the mass (locally typical sampling, arXiv:2202.00666).
 
-
-def keep_top_p(scores: Tensor, p: Tensor) -> Tensor:
-    """The smallest set of the likeliest whose probabilities reach p, with all that tie with its
-    last (Holtzman et al., arXiv:1904.09751). p is fp32[n, 1]."""
-    total = scores.logsumexp(-1, keepdim=True)
-    largest = scores.topk(min(CANDIDATES, scores.shape[1])).values
-    threshold, found = _nucleus_end(largest, total, p)
-    wide = (~found[:, 0]).nonzero()[:, 0]
-    if len(wide) and largest.shape[1] < scores.shape[1]:
-        ordered = scores[wide].sort(dim=-1, descending=True).values
-        threshold[wide] = _nucleus_end(ordered, total[wide], p[wide])[0]
-    return scores >= threshold
-
-
-def _nucleus_end(ordered: Tensor, total: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest logit of the nucleus [n, 1], and whether the nucleus ends within `ordered`."""
-    reached = (ordered - total).exp_().cumsum(-1, dtype=torch.float64)
-    before = (reached[:, :-1] < p).sum(-1, keepdim=True)  # tokens after which p is not reached
-    return ordered.gather(1, before), reached[:, -1:] >= p
-
-
-def keep_typical(scores: Tensor, mass: Tensor) -> Tensor:
-    """The smallest set of those whose surprise is nearest to the entropy, whose probabilities
-    reach the mass (locally typical sampling, arXiv:2202.00666). mass is fp32[n, 1]."""
+    scores  fp32[n, vocabulary]
+    mass    fp32[n, 1]
+    """
     logs = scores.log_softmax(-1)
     probabilities = logs.exp()
     entropy = -torch.xlogy(probabilities, probabilities).sum(-1, keepdim=True)
     distance = (-logs - entropy).abs_()
-    ordered, order = distance.sort(dim=-1, stable=True)
+    order = _ascending_order(distance)
     reached = probabilities.gather(1, order).cumsum(-1, dtype=torch.float64)
     last = (reached[:, :-1] < mass).sum(-1, keepdim=True)
-    return distance <= ordered.gather(1, last)
+    return distance > distance.gather(1, order.gather(1, last))
 
 
-def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
-    """Those at least p times as likely as the likeliest. p is fp32[n, 1]."""
-    return scores >= scores.amax(-1, keepdim=True) + p.log()
+def _ascending(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu":  # numpy's vectorised sort: 1.6 ms for 16 x 49152, torch's 48
+        return torch.from_numpy(np.sort(scores.numpy(), axis=-1))
+    return scores.sort(dim=-1).values
+
+
+def _ascending_order(scores: Tensor) -> Tensor:
+    if scores.device.type == "cpu":  # 8 ms, torch's 50
+        return torch.from_numpy(np.argsort(scores.numpy(), axis=-1))
+    return scores.argsort(dim=-1)
+
+
+def _take(scores: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
+    """These rows, and where they lie; None if they are all, and not copied."""
+    if len(rows) == len(scores):
+        return scores, None
+    at = torch.from_numpy(rows).to(scores.device)
+    return scores[at], at
+
+
+def _drop(scores: Tensor, at: Tensor | None, some: Tensor, dropped: Tensor) -> None:
+    some.masked_fill_(dropped, DROPPED)
+    if at is not None:
+        scores.index_copy_(0, at, some)
+
+
+def _column(values: NDArray[np.int64] | NDArray[np.float32], like: Tensor) -> Tensor:
+    return torch.from_numpy(values[:, None]).to(like.device)
