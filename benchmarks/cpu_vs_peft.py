@@ -104,6 +104,7 @@ class Loradex:
         else:
             raise SystemExit("the server did not start")
         self._drain = ThreadPoolExecutor(1).submit(self._process.stdout.read)
+        self._client = httpx.Client(timeout=600)
 
     def turn(self, turn: int) -> float:
         def ask(request: tuple[int, list[int]]) -> int:
@@ -116,7 +117,7 @@ class Loradex:
                 "temperature": 0,
                 "ignore_eos": True,
             }
-            reply = httpx.post(self._url, json=body, timeout=600)
+            reply = self._client.post(self._url, json=body)
             assert reply.status_code == 200, reply.text
             usage = reply.json()["usage"]
             assert usage["prompt_tokens"] == TOKENS_IN
@@ -131,6 +132,7 @@ class Loradex:
         return produced / seconds
 
     def stop(self) -> None:
+        self._client.close()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
 

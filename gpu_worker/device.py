@@ -30,9 +30,11 @@ def choose_dtype(setting: str, checkpoint: str) -> torch.dtype:
 
 
 def set_threads(setting: int) -> None:
-    """0: one core is left to the other processes. A step is thousands of small parallel regions,
-    and each ends when its slowest thread does: a core that is shared slows all of them down."""
-    torch.set_num_threads(setting or max(1, len(os.sched_getaffinity(0)) - 1))
+    """0: all cores, and one less where there are more than three. A step is thousands of small
+    parallel regions, and each ends when its slowest thread does: a core that the other processes
+    want slows all of them down, which on few cores is still better than to leave one idle."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(setting or (cores - 1 if cores > 3 else cores))
 
 
 def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.cumulative import first_beyond
+
 DROPPED = float("-inf")
 
 
@@ -48,9 +50,7 @@ def likeliest(scores: Tensor, k: Tensor, p: Tensor) -> Tensor:
     ordered = _ascending(scores)
     weights = (ordered - ordered[:, -1:]).exp_()
     weights.masked_fill_(ordered < ordered.gather(1, ordered.shape[1] - k), 0)
-    below = weights.cumsum(-1, dtype=torch.float64)  # of a token and those less likely
-    dropped = (below <= (1 - p.double()) * below[:, -1:]).sum(-1, keepdim=True)
-    return ordered.gather(1, dropped.clamp_(max=ordered.shape[1] - 1))
+    return ordered.gather(1, first_beyond(weights, 1 - p.double()))
 
 
 def untypical(scores: Tensor, mass: Tensor) -> Tensor:

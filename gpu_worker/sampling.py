@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.cumulative import first_beyond
 from gpu_worker.filters import filter_
 from gpu_worker.randomness import uniform
 
@@ -96,11 +97,8 @@ def draw(scores: Tensor, rows: SampledRows) -> Tensor:
     scores /= _column(rows.params["temperature"], device)
     filter_(scores, rows.params)
     scores -= scores.amax(-1, keepdim=True)
-    cumulative = scores.exp_().cumsum(-1, dtype=torch.float64)
     numbers = torch.from_numpy(uniform(rows.params["seed"], rows.lengths)).to(device)
-    target = numbers[:, None] * cumulative[:, -1:]  # below the total: a number is at most 1 - 2^-52
-    chosen = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return chosen.clamp_(max=scores.shape[1] - 1)  # only a row that is not finite leads beyond
+    return first_beyond(scores.exp_(), numbers[:, None])[:, 0]
 
 
 def logprobs(

@@ -63,7 +63,11 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Literal["auto", "reference", "grouped"], Meta(description="LoRA kernels of the GPU worker")
     ] = "auto"
     gpu_threads: Annotated[
-        int, Meta(ge=0, description="CPU threads of the GPU worker; 0: all cores but one")
+        int,
+        Meta(
+            ge=0,
+            description="CPU threads of the GPU worker; 0: all cores, less one of four or more",
+        ),
     ] = 0
     kv_cache_bytes: Annotated[int, Meta(ge=1, description="memory for the KV cache, bytes")] = (
         1 << 30

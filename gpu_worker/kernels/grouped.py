@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gpu_worker.kernels import Adapter
 from gpu_worker.kernels.segments import Segment
-from gpu_worker.kernels.stacks import Stack, StackCache
+from gpu_worker.kernels.stacks import MOST_MODULES, Stack, StackCache
 
 # Multiplications that take as long as the calls for one segment in all groups of one layer:
-# 11 calls of about 10 us each, at about 50e9 multiplications per second.
+# 11 calls of 10 to 30 us each, at 50e9 to 150e9 multiplications per second.
 SEGMENT_CALLS = 5_000_000
 STACK_BYTES = 256 << 20
 
@@ -72,7 +72,8 @@ class Grouped:
 
     def _join(self, stretch: Stretch, segment: Segment, adapter: Adapter) -> Stretch | None:
         members = {**stretch.adapters, segment.slot: adapter}
-        if sum(member.nbytes for member in members.values()) > self._stack_bytes:
+        nbytes = sum(member.nbytes for member in members.values())
+        if MOST_MODULES * nbytes > self._stack_bytes:
             return None
         before = (stretch.end - stretch.start) * _multiplications(stretch.adapters)
         alone = (segment.end - segment.start) * _multiplications({segment.slot: adapter})
@@ -121,19 +122,16 @@ class _Stacked:
         for segment in stretch.segments:
             tokens = slice(segment.start - stretch.start, segment.end - stretch.start)
             owner[tokens] = position[stretch.adapters[segment.slot].version]
-        device = stack.groups[0][0].lora_a.device
         self._foreign = [  # bool[tokens, ranks]: this rank is not the token's adapter's
-            torch.from_numpy(owner[:, None] != of_rows[None, :]).to(device)
-            for of_rows in stack.owners
+            torch.from_numpy(owner[:, None] != of_ranks[None, :]) for of_ranks in stack.owners
         ]
 
     def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
-        lora_a, modules, owners = self._groups[layer][group]
-        if not modules:
+        stacked = self._groups[layer][group]
+        if stacked is None:
             return
-        h = F.linear(x[self._tokens], lora_a).masked_fill_(self._foreign[owners], 0)
-        for module in modules:
-            y[self._tokens, module.out].addmm_(h[:, module.ranks], module.lora_b)
+        h = stacked.lora_a(x[self._tokens]).masked_fill_(self._foreign[stacked.owners], 0)
+        y[self._tokens] += stacked.lora_b(h)
 
 
 class _GroupedPlan:

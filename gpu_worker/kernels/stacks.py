@@ -1,8 +1,10 @@
 """The matrices of a set of adapters, stacked, so that one multiplication serves them all.
 
-For each layer and group: the As of all adapters as one matrix, module by module, and for each
-module the Bs of all adapters side by side. A token is multiplied with everybody's A; what is not
-its own adapter's is then set to zero, and so nobody else's B adds anything.
+For each layer and group: the As of all adapters as one matrix, module by module, and the Bs of all
+adapters and modules as one block-diagonal matrix. A token is multiplied with everybody's A; what is
+not its own adapter's is then set to zero, and so nobody else's B adds anything. Both are linear
+layers, packed as the base model's are; the zeros of the block diagonal cost less than a call for
+each module.
 """
 
 from collections import OrderedDict
@@ -15,74 +17,76 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.kernels import Adapter, GroupWeights
+from gpu_worker.layers.linear import Linear, make_linear
 
-
-class StackedModule(NamedTuple):
-    """One module's part of a stacked group."""
-
-    ranks: slice  # its columns of what shrink gives
-    out: slice  # its columns of the group's output
-    lora_b: Tensor  # [ranks, out], a transposed view
+MOST_MODULES = 3  # of a group: how often a B may stand in its block-diagonal matrix
 
 
 class StackedGroup(NamedTuple):
-    """One group of one layer for a set of adapters."""
+    """One group of one layer for a set of adapters, of which at least one has it."""
 
-    lora_a: Tensor  # [ranks, in]; no rows where no adapter has the group
-    modules: tuple[StackedModule, ...]  # those that some adapter has
+    lora_a: Linear  # in -> ranks
+    lora_b: Linear  # ranks -> the outputs of the group's modules, side by side
     owners: int  # index into Stack.owners
 
 
 class Stack(NamedTuple):
     """A set of adapters, stacked.
 
-    owners  the different answers to: whose is each row of lora_a? As positions in `versions`
+    nbytes         of the stacked matrices
+    adapter_bytes  of the adapters themselves
+    owners         the different answers to: whose is each rank of a group? As positions in
+                   `versions`
     """
 
     versions: tuple[int, ...]
     nbytes: int
-    groups: tuple[tuple[StackedGroup, ...], ...]  # [layer][group]
+    adapter_bytes: int
+    groups: tuple[tuple[StackedGroup | None, ...], ...]  # [layer][group]
     owners: tuple[NDArray[np.int64], ...]
 
 
 def make_stack(adapters: Sequence[Adapter]) -> Stack:
-    """Copies the matrices: about twice the adapters' bytes move."""
-    owners: dict[bytes, tuple[int, NDArray[np.int64]]] = {}
+    """Copies the matrices, at most `MOST_MODULES` times."""
+    stacking = _Stacking()
     groups = tuple(
-        tuple(_stack_group(members, owners) for members in zip(*layers, strict=True))
+        tuple(stacking.group(members) for members in zip(*layers, strict=True))
         for layers in zip(*(adapter.groups for adapter in adapters), strict=True)
     )
     return Stack(
         versions=tuple(adapter.version for adapter in adapters),
-        nbytes=sum(adapter.nbytes for adapter in adapters),
+        nbytes=stacking.nbytes,
+        adapter_bytes=sum(adapter.nbytes for adapter in adapters),
         groups=groups,
-        owners=tuple(of_rows for _, of_rows in owners.values()),
+        owners=tuple(of_ranks for _, of_ranks in stacking.owners.values()),
     )
 
 
-def _stack_group(
-    members: Sequence[GroupWeights], owners: dict[bytes, tuple[int, NDArray[np.int64]]]
-) -> StackedGroup:
-    modules: list[StackedModule] = []
-    a_parts: list[Tensor] = []
-    ranks: list[list[int]] = []
-    taken = [0] * len(members)  # rows of each member's A
-    rank = out = 0
-    for module, first in enumerate(members[0].lora_b):
-        of_module = [member.lora_b[module] for member in members]
-        ranks.append([b.shape[1] for b in of_module])
-        for index, member in enumerate(members):
-            a_parts.append(member.lora_a[taken[index] : taken[index] + ranks[-1][index]])
-            taken[index] += ranks[-1][index]
-        total = sum(ranks[-1])
-        if total:
-            columns = slice(out, out + first.shape[0])
-            b = torch.cat(of_module, dim=1)
-            modules.append(StackedModule(slice(rank, rank + total), columns, b.T))
-        rank, out = rank + total, out + first.shape[0]
-    of_rows = np.concatenate([np.repeat(np.arange(len(members)), r) for r in ranks])
-    index, _ = owners.setdefault(of_rows.tobytes(), (len(owners), of_rows))
-    return StackedGroup(torch.cat(a_parts), tuple(modules), index)
+class _Stacking:
+    """Stacks group after group, and counts what that takes."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.owners: dict[bytes, tuple[int, NDArray[np.int64]]] = {}
+
+    def group(self, members: Sequence[GroupWeights]) -> StackedGroup | None:
+        a_parts, b_parts, of_ranks = [], [], []
+        taken = [0] * len(members)  # rows of each member's A
+        for module in range(len(members[0].lora_b)):
+            of_module = [member.lora_b[module] for member in members]
+            for index, (member, b) in enumerate(zip(members, of_module, strict=True)):
+                a_parts.append(member.lora_a[taken[index] : taken[index] + b.shape[1]])
+                of_ranks.append(np.full(b.shape[1], index))
+                taken[index] += b.shape[1]
+            b_parts.append(torch.cat(of_module, dim=1))
+        if not any(taken):
+            return None
+        lora_a = torch.cat(a_parts)
+        lora_b: Tensor = torch.block_diag(*b_parts)  # type: ignore[no-untyped-call]
+        self.nbytes += lora_a.nbytes + lora_b.nbytes
+        owner = np.concatenate(of_ranks)
+        number, _ = self.owners.setdefault(owner.tobytes(), (len(self.owners), owner))
+        return StackedGroup(make_linear(lora_a), make_linear(lora_b), number)
 
 
 class StackCache:
@@ -103,7 +107,7 @@ class StackCache:
         wanted = frozenset(adapter.version for adapter in adapters)
         nbytes = sum(adapter.nbytes for adapter in adapters)
         for versions, stack in reversed(self._stacks.items()):
-            if wanted <= versions and stack.nbytes <= 2 * nbytes:
+            if wanted <= versions and stack.adapter_bytes <= 2 * nbytes:
                 self._stacks.move_to_end(versions)
                 return stack
         stack = make_stack(adapters)

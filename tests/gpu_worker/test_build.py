@@ -64,12 +64,16 @@ def test_cuda_where_there_is_none_is_an_error() -> None:
         choose_device("cuda")
 
 
-def test_one_core_is_left_to_the_others_unless_threads_are_set() -> None:
-    before = torch.get_num_threads()
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (2, 2), (3, 3), (4, 3), (64, 63)])
+def test_of_many_cores_one_is_left_to_the_other_processes(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     set_threads(0)
-    assert torch.get_num_threads() == max(1, len(os.sched_getaffinity(0)) - 1)
-    set_threads(before)
-    assert torch.get_num_threads() == before
+    set_threads(5)
+    assert set_to == [threads, 5]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])

@@ -10,6 +10,7 @@ from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.kernels.grouped import Grouped
 from gpu_worker.kernels.reference import Reference, expand, shrink
 from gpu_worker.kernels.segments import Segment
+from gpu_worker.kernels.stacks import MOST_MODULES
 from pipeline.adapter_layout import GROUPS, MODULES, ModuleShape
 from tests.gpu_worker.lora import make_pool, make_shapes
 
@@ -119,8 +120,8 @@ def test_small_segments_share_a_stretch_and_long_chunks_do_not() -> None:
 def test_what_exceeds_the_memory_for_stacks_is_not_stacked() -> None:
     runs = [(0, 1), (1, 1), (2, 1), (3, 1)]
     nbytes = make_pool([EVERYWHERE], shapes=make_shapes()).adapters[0].nbytes
-    assert stretch_sizes(Grouped(stack_bytes=2 * nbytes), runs) == [2, 2]
-    assert stretch_sizes(Grouped(stack_bytes=nbytes), runs) == [1, 1, 1, 1]
+    assert stretch_sizes(Grouped(stack_bytes=2 * MOST_MODULES * nbytes), runs) == [2, 2]
+    assert stretch_sizes(Grouped(stack_bytes=MOST_MODULES * nbytes), runs) == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("kernels", [Grouped(), Reference()], ids=["grouped", "reference"])
