@@ -11,7 +11,7 @@ import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from prometheus_client import Counter, Gauge
 
-from adapter_loader.base_model import cache_root
+from adapter_loader.bundled_model import cache_root
 from adapter_loader.checkpoint import DTYPES, BaseModel
 from adapter_loader.core import Core, Discard, StartFetch, StartPack
 from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked

@@ -13,11 +13,11 @@ PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapte
 
 # package -> the third-party names that it may import
 ALLOWED = {
-    "pipeline": {"msgspec", "zmq", "prometheus_client"},
+    "pipeline": {"msgspec", "zmq", "prometheus_client", "tqdm"},
     "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
     "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
     "scheduler": {"msgspec", "prometheus_client"},
-    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "safetensors", "tqdm"},
+    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "safetensors"},
     "adapter_loader": {
         "gguf",
         "huggingface_hub",
@@ -25,7 +25,6 @@ ALLOWED = {
         "prometheus_client",
         "safetensors",
         "torch",
-        "tqdm",
     },
 }
 # modules that decide and never talk: no socket, no clock, no thread, no file

@@ -12,9 +12,9 @@ from gpu_worker.kernels import LoraPlan
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.layers.linear import Linear, make_linear
 from gpu_worker.layers.rotary import Rotary
-from gpu_worker.progress import progress
 from gpu_worker.weights import EMBEDDING, LM_HEAD, NORM, Checkpoint, module_name
 from pipeline.model_config import ModelConfig
+from pipeline.progress import progress
 
 QKV, OUT, GATE_UP, DOWN = range(4)  # adapter_layout.GROUPS
 
@@ -121,23 +121,29 @@ class Decoder:
 
 
 def _read_layers(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[_Layer]:
-    for index in progress(range(config.layers), total=config.layers):
-        prefix = f"model.layers.{index}."
-        qk_norm = None
-        if config.qk_norm:
-            q = checkpoint.read(f"{prefix}self_attn.q_norm.weight").expand(config.heads, -1)
-            k = checkpoint.read(f"{prefix}self_attn.k_norm.weight").expand(config.kv_heads, -1)
-            qk_norm = torch.cat((q, k))
-        yield _Layer(
-            input_norm=checkpoint.read(f"{prefix}input_layernorm.weight"),
-            qkv=_fused(checkpoint, prefix, "q_proj", "k_proj", "v_proj"),
-            qk_norm=qk_norm,
-            out=_fused(checkpoint, prefix, "o_proj"),
-            mlp_norm=checkpoint.read(f"{prefix}post_attention_layernorm.weight"),
-            gate_up=_fused(checkpoint, prefix, "gate_proj", "up_proj"),
-            down=_fused(checkpoint, prefix, "down_proj"),
-            windowed=config.windowed_layers[index],
-        )
+    with progress("loading weights", config.layers, "layer") as shown:
+        for index in range(config.layers):
+            yield _read_layer(config, checkpoint, index)
+            shown.update(1)
+
+
+def _read_layer(config: ModelConfig, checkpoint: Checkpoint, index: int) -> _Layer:
+    prefix = f"model.layers.{index}."
+    qk_norm = None
+    if config.qk_norm:
+        q = checkpoint.read(f"{prefix}self_attn.q_norm.weight").expand(config.heads, -1)
+        k = checkpoint.read(f"{prefix}self_attn.k_norm.weight").expand(config.kv_heads, -1)
+        qk_norm = torch.cat((q, k))
+    return _Layer(
+        input_norm=checkpoint.read(f"{prefix}input_layernorm.weight"),
+        qkv=_fused(checkpoint, prefix, "q_proj", "k_proj", "v_proj"),
+        qk_norm=qk_norm,
+        out=_fused(checkpoint, prefix, "o_proj"),
+        mlp_norm=checkpoint.read(f"{prefix}post_attention_layernorm.weight"),
+        gate_up=_fused(checkpoint, prefix, "gate_proj", "up_proj"),
+        down=_fused(checkpoint, prefix, "down_proj"),
+        windowed=config.windowed_layers[index],
+    )
 
 
 def _fused(checkpoint: Checkpoint, prefix: str, *modules: str) -> Linear:

@@ -1,6 +1,5 @@
 """A worker out of settings: what it says of itself, and what it refuses."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from prometheus_client import CollectorRegistry
 from gpu_worker.build import Built, build_worker
 from gpu_worker.device import choose_device, choose_dtype, set_threads, zeros
 from gpu_worker.figures import Figures
-from gpu_worker.progress import progress
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.messages import WorkerReady
@@ -81,9 +79,3 @@ def test_memory_starts_as_zeros(dtype: torch.dtype) -> None:
     made = zeros((3, 5), dtype=dtype, device=torch.device("cpu"))
     assert (tuple(made.shape), made.dtype) == ((3, 5), dtype)
     assert not made.any()
-
-
-def test_progress_shows_plain_lines_off_a_terminal(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        assert list(progress(range(3), total=3, line_seconds=0.0)) == [0, 1, 2]
-    assert caplog.messages == [f"event=loading_weights layers={done}/3" for done in range(3)]
