@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 class HostBatch(NamedTuple):
     """The arrays of a step, on the host."""
 
-    token_ids: Ints  # [tokens]
+    token_rows: Ints  # [tokens], the row of each
     positions: Ints  # [tokens]
     kv_slots: Ints  # [tokens]
     sampled: Ints  # [sampled], indices of tokens, in the order of StepDone
@@ -48,7 +48,7 @@ def make_batch(step: Step, rows: RowTable) -> HostBatch:
     sampled, sampled_rows = _sampled(decode_order, chunk_order, ends - 1, chunks, decode, rows)
     blocks = int(rows.blocks[row].max(initial=0))
     return HostBatch(
-        token_ids=rows.history[row_of_token, positions].astype(np.int64),
+        token_rows=row_of_token,
         positions=positions,
         kv_slots=rows.kv_slots(row_of_token, positions),
         sampled=sampled,

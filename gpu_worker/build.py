@@ -43,7 +43,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
     set_threads(settings.gpu_threads)
     kv_blocks = _kv_blocks(settings, config, dtype)
     with torch.inference_mode(), Checkpoint(folder, config, dtype=dtype, device=device) as files:
-        decoder = Decoder(config, files, device)
+        decoder = Decoder(config, files)
     kv_cache = KvCache(
         config,
         blocks=kv_blocks,
@@ -52,6 +52,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         device=device,
     )
     worker = Worker(
+        config=config,
         decoder=decoder,
         kv_cache=kv_cache,
         adapters=AdapterPool(

@@ -2,9 +2,11 @@
 
 import math
 import os
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.errors import ConfigError
@@ -35,6 +37,12 @@ def set_threads(setting: int) -> None:
     want slows all of them down, which on few cores is still better than to leave one idle."""
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(setting or (cores - 1 if cores > 3 else cores))
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """A tensor of an array, without waiting for the device: CUDA has read an array that is not
+    pinned by the time the call returns. On the CPU the two share their memory."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def zeros(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:

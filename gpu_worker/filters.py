@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cumulative import first_beyond
+from gpu_worker.device import to_device
 
 DROPPED = float("-inf")
 
@@ -86,7 +87,7 @@ def _take(scores: Tensor, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor | Non
     """These rows, and where they lie; None if they are all, and not copied."""
     if len(rows) == len(scores):
         return scores, None
-    at = torch.from_numpy(rows).to(scores.device)
+    at = to_device(rows, scores.device)
     return scores[at], at
 
 
@@ -97,4 +98,4 @@ def _drop(scores: Tensor, at: Tensor | None, some: Tensor, dropped: Tensor) -> N
 
 
 def _column(values: NDArray[np.int64] | NDArray[np.float32], like: Tensor) -> Tensor:
-    return torch.from_numpy(values[:, None]).to(like.device)
+    return to_device(values[:, None].copy(), like.device)

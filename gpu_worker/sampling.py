@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.cumulative import first_beyond
+from gpu_worker.device import to_device
 from gpu_worker.filters import filter_
 from gpu_worker.randomness import uniform
 
@@ -20,24 +21,22 @@ NOT_FINITE = -1
 
 
 class SampledRows(NamedTuple):
-    """The rows of a step that get a token, in order."""
+    """The rows of a step that get a token, in order. Only `history` lies on the device."""
 
     params: NDArray[np.void]  # rows.SAMPLING[sampled]
     rows: NDArray[np.int64]  # [sampled], into history
-    history: NDArray[np.int32]  # [all rows, tokens]: prompt, then output
+    history: Tensor  # int32[all rows, tokens]: prompt, then output
     lengths: NDArray[np.int64]  # [sampled], tokens in history
     prompt_tokens: NDArray[np.int64]  # [sampled], the first of them
     logprobs: NDArray[np.bool_]  # [sampled], who wants one
 
 
-def sample(
-    logits: Tensor, rows: SampledRows
-) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-    """Choose a token for each row.
+def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
+    """Choose a token for each row, without waiting for the device.
 
     logits   [sampled, vocabulary], compute dtype; not changed
-    returns  tokens [sampled], -1 where the logits are not finite; and what `logprobs` gives, or
-             None when no row wants it
+    returns  tokens int64[sampled], -1 where the logits are not finite; and what `logprobs` gives,
+             or None when no row wants it
     """
     params = rows.params
     penalised = (
@@ -49,16 +48,16 @@ def sample(
     if penalised.any():
         scores = logits.float()
         indices = np.flatnonzero(penalised)
-        at = torch.from_numpy(indices).to(logits.device)
+        at = to_device(indices, logits.device)
         scores = scores.index_copy(0, at, penalise(scores[at], _only(rows, indices)))
     largest, tokens = scores.max(-1)  # NaN and infinity are what it finds first
     finite = largest.isfinite()
     drawn = np.flatnonzero(params["temperature"] > 0)
     if len(drawn):
-        at = torch.from_numpy(drawn).to(logits.device)
+        at = to_device(drawn, logits.device)
         tokens.index_copy_(0, at, draw(scores[at].float(), _only(rows, drawn)))
-    result: NDArray[np.int64] = tokens.where(finite, NOT_FINITE).cpu().numpy()
-    return result, logprobs(logits, result, rows.logprobs) if rows.logprobs.any() else None
+    tokens = tokens.where(finite, NOT_FINITE)
+    return tokens, logprobs(logits, tokens, rows.logprobs) if rows.logprobs.any() else None
 
 
 def penalise(scores: Tensor, rows: SampledRows) -> Tensor:
@@ -73,11 +72,11 @@ def penalise(scores: Tensor, rows: SampledRows) -> Tensor:
     device = scores.device
     columns = np.arange(rows.lengths.max())
     known = columns[None, :] < rows.lengths[:, None]
-    history = rows.history[rows.rows, : len(columns)].astype(np.int64)
-    ids = torch.from_numpy(np.where(known, history, history[:, :1])).to(device)
     output = known & (columns[None, :] >= rows.prompt_tokens[:, None])
+    history = rows.history[to_device(rows.rows, device), : len(columns)].long()
+    ids = history.where(to_device(known, device), history[:, :1])
     counts = torch.zeros_like(scores)
-    counts.scatter_add_(1, ids, torch.from_numpy(output.astype(np.float32)).to(device))
+    counts.scatter_add_(1, ids, to_device(output.astype(np.float32), device))
     count = counts.gather(1, ids)
     repetition = _column(rows.params["repetition_penalty"], device)
     score = scores.gather(1, ids)
@@ -97,23 +96,18 @@ def draw(scores: Tensor, rows: SampledRows) -> Tensor:
     scores /= _column(rows.params["temperature"], device)
     filter_(scores, rows.params)
     scores -= scores.amax(-1, keepdim=True)
-    numbers = torch.from_numpy(uniform(rows.params["seed"], rows.lengths)).to(device)
+    numbers = to_device(uniform(rows.params["seed"], rows.lengths), device)
     return first_beyond(scores.exp_(), numbers[:, None])[:, 0]
 
 
-def logprobs(
-    logits: Tensor, tokens: NDArray[np.int64], wanted: NDArray[np.bool_]
-) -> NDArray[np.float32]:
+def logprobs(logits: Tensor, tokens: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
     """The log-probability of each chosen token under the model itself, before penalties,
-    temperature and filters; 0 where nobody wants it or the logits are not finite."""
-    values = np.zeros(len(tokens), np.float32)
-    indices = np.flatnonzero(wanted & (tokens != NOT_FINITE))
-    at = torch.from_numpy(indices).to(logits.device)
-    chosen = torch.from_numpy(tokens[indices]).to(logits.device)
-    exact = logits[at].float()
-    of_chosen = exact.gather(1, chosen[:, None])[:, 0] - exact.logsumexp(-1)
-    values[indices] = of_chosen.cpu().numpy()
-    return values
+    temperature and filters; 0 where nobody wants it or the logits are not finite. fp32[n]."""
+    at = to_device(np.flatnonzero(wanted), logits.device)
+    chosen, exact = tokens[at], logits[at].float()
+    of_chosen = exact.gather(1, chosen.clamp(min=0)[:, None])[:, 0] - exact.logsumexp(-1)
+    values = torch.zeros(len(tokens), device=logits.device)
+    return values.index_copy_(0, at, of_chosen.where(chosen != NOT_FINITE, 0.0))
 
 
 def _only(rows: SampledRows, indices: NDArray[np.int64]) -> SampledRows:
@@ -128,4 +122,4 @@ def _only(rows: SampledRows, indices: NDArray[np.int64]) -> SampledRows:
 
 
 def _column(values: NDArray[np.float32], device: torch.device) -> Tensor:
-    return torch.from_numpy(values[:, None].copy()).to(device)
+    return to_device(values[:, None].copy(), device)

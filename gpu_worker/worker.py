@@ -9,6 +9,7 @@ from mmap import mmap
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.attention import AttentionBackend
@@ -16,10 +17,13 @@ from gpu_worker.batch import HostBatch, make_batch
 from gpu_worker.figures import Figures
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kv_cache import KvCache
-from gpu_worker.models.decoder import Batch, Decoder
+from gpu_worker.layers.rotary import Rotary
+from gpu_worker.layers.torch_ops import TorchOps
+from gpu_worker.models.decoder import Decoder, Pass
 from gpu_worker.rows import RowTable
 from gpu_worker.sampling import SampledRows, sample
 from pipeline.messages import Step, StepDone
+from pipeline.model_config import ModelConfig
 
 
 class Worker:
@@ -28,6 +32,7 @@ class Worker:
     def __init__(
         self,
         *,
+        config: ModelConfig,
         decoder: Decoder,
         kv_cache: KvCache,
         adapters: AdapterPool,
@@ -38,7 +43,14 @@ class Worker:
         device: torch.device,
         index: int = 0,
     ) -> None:
+        self._config = config
         self._decoder = decoder
+        self._rotary = Rotary(
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+            device=device,
+        )
         self._kv_cache = kv_cache
         self.adapters = adapters
         self.rows = rows
@@ -68,16 +80,25 @@ class Worker:
     @torch.inference_mode()
     def forward(self, host: HostBatch) -> torch.Tensor:
         """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then."""
-        device = self._device
-        batch = Batch(
-            token_ids=torch.from_numpy(host.token_ids).to(device),
-            positions=torch.from_numpy(host.positions).to(device),
-            kv_slots=torch.from_numpy(host.kv_slots).to(device),
-            sampled=torch.from_numpy(host.sampled).to(device),
+        step = Pass(
+            token_ids=self._tensor(self.rows.history[host.token_rows, host.positions]).long(),
+            sampled=self._tensor(host.sampled),
+            ops=TorchOps(
+                rotary=self._rotary,
+                kv_cache=self._kv_cache,
+                kv_heads=self._config.kv_heads,
+                norm_eps=self._config.norm_eps,
+                positions=self._tensor(host.positions),
+                kv_slots=self._tensor(host.kv_slots),
+            ),
             attention=self._attention.plan(host.sequences),
+            kv_cache=self._kv_cache,
             lora=self._lora.plan(host.segments, self.adapters.adapters) if host.segments else None,
         )
-        return self._decoder.forward(batch, self._kv_cache)
+        return self._decoder.forward(step)
+
+    def _tensor(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _change(self, step: Step) -> None:
         if step.copies:
@@ -98,17 +119,18 @@ class Worker:
         sampled = SampledRows(
             params=table.sampling[rows],
             rows=rows,
-            history=table.history,
+            history=self._tensor(table.history),
             lengths=table.length[rows],
             prompt_tokens=table.prompt_tokens[rows],
             logprobs=table.logprobs[rows],
         )
-        tokens, logprobs = sample(logits, sampled)
+        chosen, logprobs = sample(logits, sampled)
+        tokens = chosen.cpu().numpy()
         table.append_tokens(rows, tokens)
         return StepDone(
             step_id,
             tokens.astype(np.int32).tobytes(),
-            b"" if logprobs is None else logprobs.tobytes(),
+            b"" if logprobs is None else logprobs.cpu().numpy().tobytes(),
             index=self._index,
         )
 
@@ -116,5 +138,5 @@ class Worker:
         decoded = host.sequences.decode_rows
         self._figures.step_seconds.observe(seconds)
         self._figures.decode_tokens.inc(decoded)
-        self._figures.prefill_tokens.inc(len(host.token_ids) - decoded)
+        self._figures.prefill_tokens.inc(len(host.token_rows) - decoded)
         self._figures.sampled_tokens.inc(len(host.sampled_rows))

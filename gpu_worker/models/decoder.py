@@ -10,8 +10,8 @@ from torch import Tensor
 from gpu_worker.attention import AttentionPlan
 from gpu_worker.kernels import LoraPlan
 from gpu_worker.kv_cache import KvCache
+from gpu_worker.layers import LayerOps
 from gpu_worker.layers.linear import Linear, make_linear
-from gpu_worker.layers.rotary import Rotary
 from gpu_worker.weights import EMBEDDING, LM_HEAD, NORM, Checkpoint, module_name
 from pipeline.model_config import ModelConfig
 from pipeline.progress import progress
@@ -19,15 +19,26 @@ from pipeline.progress import progress
 QKV, OUT, GATE_UP, DOWN = range(4)  # adapter_layout.GROUPS
 
 
-class Batch(NamedTuple):
-    """What one forward pass is given."""
+class Pass(NamedTuple):
+    """What one forward pass is given.
+
+    sampled  int64[sampled], the tokens whose logits are wanted; None: all
+    lora     None: no token has an adapter
+    """
 
     token_ids: Tensor  # int64[tokens]
-    positions: Tensor  # int64[tokens]
-    kv_slots: Tensor  # int64[tokens], where their keys and values go
-    sampled: Tensor  # int64[sampled]: the tokens whose logits are wanted
+    sampled: Tensor | None
+    ops: LayerOps
     attention: AttentionPlan
-    lora: LoraPlan | None  # None: no token has an adapter
+    kv_cache: KvCache
+    lora: LoraPlan | None
+
+    def linear(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
+        """A group of linear layers, with each token's adapter."""
+        y = linear(x)
+        if self.lora is not None:
+            self.lora.add(y, x, layer, group)
+        return y
 
 
 class _Layer(NamedTuple):
@@ -43,81 +54,46 @@ class _Layer(NamedTuple):
     windowed: bool
 
 
-class _Shared(NamedTuple):
-    """What all layers of one pass use."""
-
-    angles: tuple[Tensor, Tensor]
-    places: Tensor
-    kv_cache: KvCache
-    attention: AttentionPlan
-    lora: LoraPlan | None
-
-    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
-        """A group of linear layers, with each token's adapter."""
-        y = linear(x)
-        if self.lora is not None:
-            self.lora.add(y, x, layer, group)
-        return y
-
-
 class Decoder:
-    """The base model. Owns its weights; what it writes is the KV cache that it is given."""
+    """The base model. Owns its weights; what a pass writes is the KV cache that it is given."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
         self._config = config
-        self._rotary = Rotary(
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-            device=device,
-        )
         self._embedding = checkpoint.read(EMBEDDING)
         self._layers = list(_read_layers(config, checkpoint))
         self._norm = checkpoint.read(NORM)
         tied = config.tied_embeddings
         self._lm_head = make_linear(self._embedding if tied else checkpoint.read(LM_HEAD))
 
-    def forward(self, batch: Batch, kv_cache: KvCache) -> Tensor:
+    def forward(self, step: Pass) -> Tensor:
         """Run the tokens of a step. Returns logits [sampled, vocabulary] in the compute dtype."""
-        x = F.embedding(batch.token_ids, self._embedding)
-        shared = _Shared(
-            angles=self._rotary.angles(batch.positions),
-            places=kv_cache.places(batch.kv_slots),
-            kv_cache=kv_cache,
-            attention=batch.attention,
-            lora=batch.lora,
-        )
-        for index, layer in enumerate(self._layers):
-            x.add_(self._attention(index, layer, self._normed(x, layer.input_norm), shared))
-            x.add_(self._mlp(index, layer, self._normed(x, layer.mlp_norm), shared))
-        if not len(batch.sampled):
-            return x.new_empty((0, self._config.vocabulary))
-        return self._lm_head(self._normed(x.index_select(0, batch.sampled), self._norm))
+        residual = F.embedding(step.token_ids, self._embedding)
+        x = step.ops.norm(residual, self._layers[0].input_norm)
+        after = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        for index, (layer, next_norm) in enumerate(zip(self._layers, after, strict=True)):
+            x = step.ops.add_norm(self._attention(index, layer, x, step), residual, layer.mlp_norm)
+            x = step.ops.add_norm(self._mlp(index, layer, x, step), residual, next_norm)
+        if step.sampled is not None:
+            x = x.index_select(0, step.sampled)
+        return self._lm_head(x) if len(x) else x.new_empty((0, self._config.vocabulary))
 
-    def _attention(self, index: int, layer: _Layer, x: Tensor, shared: _Shared) -> Tensor:
+    def _attention(self, index: int, layer: _Layer, x: Tensor, step: Pass) -> Tensor:
         heads, rotated = self._config.heads, self._config.heads + self._config.kv_heads
-        fused = shared.apply(layer.qkv, x, index, QKV)
-        qkv = fused.view(-1, rotated + self._config.kv_heads, self._config.head_dim)
-        qk = qkv[:, :rotated]
-        if layer.qk_norm is not None:
-            qk.copy_(F.rms_norm(qk, qk.shape[-1:], None, self._config.norm_eps) * layer.qk_norm)
-        self._rotary.rotate(qk, shared.angles)
-        shared.kv_cache.write(index, shared.places, qkv[:, heads:])
-        attended = shared.attention.attend(
+        qkv = step.linear(layer.qkv, x, index, QKV)
+        qkv = qkv.view(-1, rotated + self._config.kv_heads, self._config.head_dim)
+        step.ops.rotate_and_store(index, qkv, layer.qk_norm)
+        attended = step.attention.attend(
             qkv[:, :heads],
             qkv[:, heads:rotated],
             qkv[:, rotated:],
-            shared.kv_cache.layer(index),
+            step.kv_cache.layer(index),
             layer.windowed,
         )
-        return shared.apply(layer.out, attended, index, OUT)
+        return step.linear(layer.out, attended, index, OUT)
 
-    def _mlp(self, index: int, layer: _Layer, x: Tensor, shared: _Shared) -> Tensor:
-        gate, up = shared.apply(layer.gate_up, x, index, GATE_UP).chunk(2, -1)
-        return shared.apply(layer.down, F.silu(gate).mul_(up), index, DOWN)
-
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], weight, self._config.norm_eps)
+    def _mlp(self, index: int, layer: _Layer, x: Tensor, step: Pass) -> Tensor:
+        gate_up = step.linear(layer.gate_up, x, index, GATE_UP)
+        return step.linear(layer.down, step.ops.silu_mul(gate_up), index, DOWN)
 
 
 def _read_layers(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[_Layer]:

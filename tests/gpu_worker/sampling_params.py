@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gpu_worker.rows import SAMPLING
@@ -32,7 +33,7 @@ def sampled_rows(
     return SampledRows(
         params=params_of(samplings),
         rows=np.arange(len(samplings)),
-        history=table,
+        history=torch.from_numpy(table),
         lengths=lengths,
         prompt_tokens=lengths if prompt_tokens is None else np.array(prompt_tokens),
         logprobs=np.array(logprobs or [False] * len(samplings)),
