@@ -4,11 +4,13 @@ Waits for the disk only before it is ready; the arena that it maps later is shar
 """
 
 import time
+from collections import deque
 from pathlib import Path
 from typing import assert_never
 
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
+from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
@@ -18,6 +20,7 @@ from pipeline.model_folder import model_folder
 from pipeline.process import run
 
 NAME = "gpu_worker"
+POLL_SECONDS = 20e-6  # between two looks at a device that is busy
 
 
 def main(settings: Settings, index: int) -> None:
@@ -40,6 +43,7 @@ class Process:
         self._index = index
         self._inbox = inbox
         self._outbox = outbox
+        self._launched: deque[Launched] = deque()
         built = build_worker(settings, model_folder(settings), Figures(), index)
         self._worker = built.worker
         outbox.send("scheduler", built.ready)
@@ -53,16 +57,30 @@ class Process:
             if now >= stats_due:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
-            for message in self._inbox.receive(int((stats_due - now) * 1000) + 1):
+            wait_ms = 0 if self._launched else int((stats_due - now) * 1000) + 1
+            messages = self._inbox.receive(wait_ms)
+            for message in messages:
                 match message:
                     case Step():
-                        self._outbox.send("scheduler", self._worker.run(message))
+                        self._launched.append(self._worker.launch(message))
                     case AttachArena():
                         self._worker.attach_arena(attach(Path(message.path), message.nbytes))
                     case Shutdown():
                         return
                     case _:
                         assert_never(message)
+            if not self._send_done() and not messages and self._launched:
+                time.sleep(POLL_SECONDS)
+
+    def _send_done(self) -> bool:
+        """The steps that have ended, in order. Returns whether there was one."""
+        sent = False
+        while self._launched and self._launched[0].is_done:
+            launched = self._launched.popleft()
+            self._outbox.send("scheduler", launched.result())
+            self._worker.count(launched)
+            sent = True
+        return sent
 
     def _to_frontends(self, message: ProcessReady | Stats) -> None:
         for frontend in range(self._settings.frontends):

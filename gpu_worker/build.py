@@ -10,6 +10,8 @@ from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.attention.sdpa import SdpaAttention
 from gpu_worker.device import choose_device, choose_dtype, set_threads
 from gpu_worker.figures import Figures
+from gpu_worker.forward import TorchForward
+from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kernels.grouped import Grouped
 from gpu_worker.kernels.reference import Reference
@@ -51,30 +53,35 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         dtype=dtype,
         device=device,
     )
+    row_tokens = min(config.max_positions, kv_blocks * settings.kv_block_tokens)
+    adapters = AdapterPool(
+        nbytes=settings.adapter_pool_bytes,
+        shapes=config.module_shapes(),
+        dtype=dtype,
+        device=device,
+    )
     worker = Worker(
-        config=config,
-        decoder=decoder,
-        kv_cache=kv_cache,
-        adapters=AdapterPool(
-            nbytes=settings.adapter_pool_bytes,
-            shapes=config.module_shapes(),
-            dtype=dtype,
+        forward=TorchForward(
+            config=config,
+            decoder=decoder,
+            kv_cache=kv_cache,
+            attention=SdpaAttention(
+                kv_heads=config.kv_heads,
+                block_tokens=settings.kv_block_tokens,
+                null_block=kv_cache.null_block,
+                sliding_window=config.sliding_window,
+                dtype=dtype,
+                device=device,
+            ),
+            lora=_lora_kernels(settings.lora_kernels),
+            adapters=adapters,
             device=device,
         ),
+        adapters=adapters,
         rows=RowTable(
-            rows=settings.rows,
-            row_tokens=min(config.max_positions, kv_blocks * settings.kv_block_tokens),
-            block_tokens=settings.kv_block_tokens,
+            rows=settings.rows, row_tokens=row_tokens, block_tokens=settings.kv_block_tokens
         ),
-        attention=SdpaAttention(
-            kv_heads=config.kv_heads,
-            block_tokens=settings.kv_block_tokens,
-            null_block=kv_cache.null_block,
-            sliding_window=config.sliding_window,
-            dtype=dtype,
-            device=device,
-        ),
-        lora=_lora_kernels(settings.lora_kernels),
+        history=History(rows=settings.rows, row_tokens=row_tokens, device=device),
         figures=figures,
         device=device,
         index=index,

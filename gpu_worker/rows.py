@@ -1,4 +1,7 @@
-"""The row table: what the worker knows of each running sequence, in numpy."""
+"""The row table: what the worker knows of each running sequence, in numpy.
+
+Its tokens are not here but in the history, on the device: the host runs ahead of them.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +32,12 @@ class RowTable:
 
     def __init__(self, *, rows: int, row_tokens: int, block_tokens: int) -> None:
         self._block_tokens = block_tokens
+        self.row_tokens = row_tokens
         self.slot = np.full(rows, -1, np.int64)  # of its adapter; -1 is the base model
         self.length = np.zeros(rows, np.int64)  # tokens that are known; 0: the row is free
         self.prompt_tokens = np.zeros(rows, np.int64)
         self.blocks = np.zeros(rows, np.int64)  # entries of its page table
         self.page_table = np.zeros((rows, -(-row_tokens // block_tokens)), np.int64)
-        self.history = np.zeros((rows, row_tokens + 1), np.int32)  # +1: sampled, never fed
         self.sampling = np.zeros(rows, SAMPLING)
         self.logprobs = np.zeros(rows, np.bool_)
 
@@ -45,12 +48,11 @@ class RowTable:
     def take(self, new: NewRow) -> NDArray[np.int64]:
         """Give a row to a sequence. Returns its blocks that hold nothing of it yet."""
         row = new.row
-        tokens = np.frombuffer(new.token_ids, np.int32)
+        tokens = len(new.token_ids) // 4
         blocks = np.frombuffer(new.blocks, np.int32).astype(np.int64)
         self.slot[row] = new.slot
-        self.length[row] = len(tokens)
+        self.length[row] = tokens
         self.prompt_tokens[row] = new.prompt_tokens
-        self.history[row, : len(tokens)] = tokens
         self.blocks[row] = len(blocks)
         self.page_table[row, : len(blocks)] = blocks
         self.sampling[row] = tuple(getattr(new.sampling, name) for name in SAMPLING.names or ())
@@ -63,10 +65,8 @@ class RowTable:
             self.page_table[row, self.blocks[row]] = block
             self.blocks[row] += 1
 
-    def append_tokens(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        """Row rows[i] has produced tokens[i]; no row occurs twice. -1 is kept as token 0: what
-        follows it is dropped, but may be on its way already."""
-        self.history[rows, self.length[rows]] = np.maximum(tokens, 0)
+    def advance(self, rows: NDArray[np.int64]) -> None:
+        """These rows have one token more."""
         self.length[rows] += 1
 
     def kv_slots(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,61 +1,96 @@
 """The worker: applies one Step after the other to the device's memory, and gives its tokens.
 
-Knows no socket. Steps may be sent ahead of their predecessors' results: what a decode row feeds is
-kept here, in the row table.
+Knows no socket, and never waits for the device: a step is launched, and asked later whether it is
+done. Steps may be launched ahead of their predecessors' results, since what a decode row feeds is
+read from the history, on the device.
 """
 
 import time
+from collections.abc import Sequence
 from mmap import mmap
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gpu_worker.adapter_pool import AdapterPool
-from gpu_worker.attention import AttentionBackend
 from gpu_worker.batch import HostBatch, make_batch
+from gpu_worker.device import to_device
 from gpu_worker.figures import Figures
-from gpu_worker.kernels import LoraKernels
-from gpu_worker.kv_cache import KvCache
-from gpu_worker.layers.rotary import Rotary
-from gpu_worker.layers.torch_ops import TorchOps
-from gpu_worker.models.decoder import Decoder, Pass
+from gpu_worker.forward import Forward
+from gpu_worker.history import History
 from gpu_worker.rows import RowTable
 from gpu_worker.sampling import SampledRows, sample
-from pipeline.messages import Step, StepDone
-from pipeline.model_config import ModelConfig
+from pipeline.messages import NewRow, Step, StepDone
+
+
+class Launched:
+    """A step on its way through the device."""
+
+    def __init__(self, step_id: int, index: int, device: torch.device) -> None:
+        self._step_id = step_id
+        self._index = index
+        self._device = device
+        self._started = time.perf_counter()
+        self._tokens: Tensor | None = None
+        self._logprobs: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+        self.fed = False  # tokens went through the model
+
+    def gives(self, tokens: Tensor, logprobs: Tensor | None) -> None:
+        """Start to copy what was sampled to the host: int64[n] and fp32[n]."""
+        self._tokens = tokens.int().to("cpu", non_blocking=True)
+        self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
+
+    def ends(self) -> None:
+        """Nothing more will be launched for it."""
+        if self._device.type == "cuda":
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def is_done(self) -> bool:
+        if self._event is None:
+            return True
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    @property
+    def seconds(self) -> float:
+        """Since it was launched."""
+        return time.perf_counter() - self._started
+
+    def result(self) -> StepDone:
+        """Waits until it is done."""
+        if self._event is not None:
+            self._event.synchronize()
+        return StepDone(
+            self._step_id,
+            b"" if self._tokens is None else self._tokens.numpy().tobytes(),
+            b"" if self._logprobs is None else self._logprobs.numpy().tobytes(),
+            index=self._index,
+        )
 
 
 class Worker:
-    """One device: its weights, KV cache, adapter pool and row table."""
+    """One device: its weights, KV cache, adapter pool, row table and history."""
 
     def __init__(
         self,
         *,
-        config: ModelConfig,
-        decoder: Decoder,
-        kv_cache: KvCache,
+        forward: Forward,
         adapters: AdapterPool,
         rows: RowTable,
-        attention: AttentionBackend,
-        lora: LoraKernels,
+        history: History,
         figures: Figures,
         device: torch.device,
         index: int = 0,
     ) -> None:
-        self._config = config
-        self._decoder = decoder
-        self._rotary = Rotary(
-            head_dim=config.head_dim,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-            device=device,
-        )
-        self._kv_cache = kv_cache
+        self._forward = forward
         self.adapters = adapters
         self.rows = rows
-        self._attention = attention
-        self._lora = lora
+        self.history = history
         self._figures = figures
         self._device = device
         self._index = index
@@ -64,79 +99,76 @@ class Worker:
         """Adapters are copied out of this from now on."""
         self.adapters.attach_arena(arena)
 
-    @torch.inference_mode()
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""
-        start = time.perf_counter()
-        self._change(step)
-        if not step.decode_rows and not step.prefill:
-            return StepDone(step.step_id, b"", index=self._index)
-        host = make_batch(step, self.rows)
-        logits = self.forward(host)
-        done = self._sample(step.step_id, host, logits)
-        self._count(host, time.perf_counter() - start)
+        launched = self.launch(step)
+        done = launched.result()
+        self.count(launched)
         return done
 
     @torch.inference_mode()
-    def forward(self, host: HostBatch) -> torch.Tensor:
-        """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then."""
-        step = Pass(
-            token_ids=self._tensor(self.rows.history[host.token_rows, host.positions]).long(),
-            sampled=self._tensor(host.sampled),
-            ops=TorchOps(
-                rotary=self._rotary,
-                kv_cache=self._kv_cache,
-                kv_heads=self._config.kv_heads,
-                norm_eps=self._config.norm_eps,
-                positions=self._tensor(host.positions),
-                kv_slots=self._tensor(host.kv_slots),
-            ),
-            attention=self._attention.plan(host.sequences),
-            kv_cache=self._kv_cache,
-            lora=self._lora.plan(host.segments, self.adapters.adapters) if host.segments else None,
-        )
-        return self._decoder.forward(step)
+    def launch(self, step: Step) -> Launched:
+        """Start a step. Raises ValueError for one that contradicts the row table."""
+        launched = Launched(step.step_id, self._index, self._device)
+        self._change(step)
+        if step.decode_rows or step.prefill:
+            host = make_batch(step, self.rows)
+            logits = self._forward.run(host, self.history)
+            if len(host.sampled_rows):
+                launched.gives(*self._sample(host, logits))
+            self._count_tokens(host)
+            launched.fed = True
+        launched.ends()
+        return launched
 
-    def _tensor(self, array: NDArray[np.int64] | NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+    @torch.inference_mode()
+    def logits(self, host: HostBatch) -> Tensor:
+        """[sampled, vocabulary] of a batch; its keys and values are in the cache then."""
+        return self._forward.run(host, self.history)
+
+    def count(self, launched: Launched) -> None:
+        """A step has ended."""
+        if launched.fed:
+            self._figures.step_seconds.observe(launched.seconds)
 
     def _change(self, step: Step) -> None:
         if step.copies:
             self._figures.copied_bytes.inc(self.adapters.copy(step.copies))
             self._figures.copies.inc(len(step.copies))
         self.rows.free(np.frombuffer(step.free_rows, np.int32))
-        fresh = [self.rows.take(new) for new in step.new_rows]
+        fresh = self._take(step.new_rows)
         appended = np.frombuffer(step.blocks, np.int32)
-        self.rows.append_blocks(np.frombuffer(step.block_rows, np.int32), appended)
+        grown = np.frombuffer(step.block_rows, np.int32)
+        self.rows.append_blocks(grown, appended)
         blocks = np.concatenate((*fresh, appended.astype(np.int64)))
-        if len(blocks):
-            self._kv_cache.clear(torch.from_numpy(blocks).to(self._device))
+        changed = np.union1d(grown, np.array([new.row for new in step.new_rows], np.int32))
+        self._forward.pages_changed(self.rows, changed.astype(np.int64), blocks)
 
-    def _sample(self, step_id: int, host: HostBatch, logits: torch.Tensor) -> StepDone:
+    def _take(self, new_rows: Sequence[NewRow]) -> list[NDArray[np.int64]]:
+        for new in new_rows:
+            self.history.write(new.row, np.frombuffer(new.token_ids, np.int32).copy())
+        return [self.rows.take(new) for new in new_rows]
+
+    def _sample(self, host: HostBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         table, rows = self.rows, host.sampled_rows
-        if not len(rows):
-            return StepDone(step_id, b"", index=self._index)
         sampled = SampledRows(
             params=table.sampling[rows],
             rows=rows,
-            history=self._tensor(table.history),
+            history=self.history.tokens,
             lengths=table.length[rows],
             prompt_tokens=table.prompt_tokens[rows],
             logprobs=table.logprobs[rows],
         )
-        chosen, logprobs = sample(logits, sampled)
-        tokens = chosen.cpu().numpy()
-        table.append_tokens(rows, tokens)
-        return StepDone(
-            step_id,
-            tokens.astype(np.int32).tobytes(),
-            b"" if logprobs is None else logprobs.cpu().numpy().tobytes(),
-            index=self._index,
-        )
+        tokens, logprobs = sample(logits, sampled)
+        self.history.append(self._tensor(rows), self._tensor(sampled.lengths), tokens)
+        table.advance(rows)
+        return tokens, logprobs
 
-    def _count(self, host: HostBatch, seconds: float) -> None:
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return to_device(array, self._device)
+
+    def _count_tokens(self, host: HostBatch) -> None:
         decoded = host.sequences.decode_rows
-        self._figures.step_seconds.observe(seconds)
         self._figures.decode_tokens.inc(decoded)
         self._figures.prefill_tokens.inc(len(host.token_rows) - decoded)
         self._figures.sampled_tokens.inc(len(host.sampled_rows))

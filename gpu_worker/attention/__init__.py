@@ -36,6 +36,23 @@ class AttentionPlan(Protocol):
 
 
 class AttentionBackend(Protocol):
+    """reads_unwritten: places of a block that were never written are multiplied with 0, and must
+    therefore be finite."""
+
+    reads_unwritten: bool
+
     def plan(self, sequences: StepSequences) -> AttentionPlan:
         """Called once per step, before its first layer."""
+        ...
+
+
+class PagedBackend(AttentionBackend, Protocol):
+    """A backend that works from page tables on the device."""
+
+    def plan_decode(self, page_table: Tensor, lengths: Tensor) -> AttentionPlan:
+        """For rows that feed one token each; may be captured in a CUDA graph.
+
+        page_table  int32[rows, blocks]
+        lengths     int32[rows], with the token that is fed
+        """
         ...

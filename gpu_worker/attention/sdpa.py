@@ -27,6 +27,8 @@ class SdpaAttention:
                 since 0 * NaN of another sequence's values would be NaN
     """
 
+    reads_unwritten = True
+
     def __init__(
         self,
         *,

@@ -30,7 +30,7 @@ def last_logits(worker: Worker, tokens: list[int]) -> torch.Tensor:
         Step(1, new_rows=(NewRow(0, -1, ints(tokens), len(tokens), 0, blocks, GREEDY, False),))
     )
     step = Step(2, prefill=np.array([[0, 0, len(tokens)]], np.int32).tobytes())
-    return worker.forward(make_batch(step, worker.rows))[0]
+    return worker.logits(make_batch(step, worker.rows))[0]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -36,7 +36,6 @@ def test_a_new_row_holds_what_the_message_says() -> None:
     sampling = Sampling(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
     rows.take(new_row(sampling=sampling))
     assert rows.slot.tolist() == [-1, 3, -1, -1]
-    assert rows.history[1, :5].tolist() == [5, 6, 7, 8, 9]
     assert (rows.length[1], rows.prompt_tokens[1], rows.logprobs[1]) == (5, 4, True)
     assert {name: rows.sampling[1][name] for name in SAMPLING.names or ()} == {
         name: getattr(sampling, name) for name in sampling.__struct_fields__
@@ -48,13 +47,11 @@ def test_blocks_beyond_the_cached_tokens_hold_nothing_yet(cached: int, fresh: li
     assert table().take(new_row(cached_tokens=cached)).tolist() == fresh
 
 
-def test_produced_tokens_follow_the_others() -> None:
+def test_produced_tokens_make_rows_longer() -> None:
     rows = table()
     rows.take(new_row(1))
     rows.take(new_row(2))
-    rows.append_tokens(array(2, 1), array(20, -1))
-    assert rows.history[1, :6].tolist() == [5, 6, 7, 8, 9, 0]
-    assert rows.history[2, :6].tolist() == [5, 6, 7, 8, 9, 20]
+    rows.advance(array(2, 1))
     assert rows.length.tolist() == [0, 6, 6, 0]
 
 
