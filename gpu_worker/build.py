@@ -16,7 +16,7 @@ from gpu_worker.kernels.reference import Reference
 from gpu_worker.kv_cache import KvCache, block_bytes
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.rows import RowTable
-from gpu_worker.weights import Checkpoint
+from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
@@ -42,8 +42,8 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
     dtype = choose_dtype(settings.dtype, config.dtype)
     set_threads(settings.gpu_threads)
     kv_blocks = _kv_blocks(settings, config, dtype)
-    with torch.inference_mode(), Checkpoint(folder, config, dtype=dtype, device=device) as files:
-        decoder = Decoder(config, files, device)
+    with torch.inference_mode(), _checkpoint(settings, folder, config, dtype, device) as weights:
+        decoder = Decoder(config, weights, device)
     kv_cache = KvCache(
         config,
         blocks=kv_blocks,
@@ -88,6 +88,18 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         kv_blocks,
     )
     return Built(worker, ready, _facts(config, dtype, device, ready))
+
+
+def _checkpoint(
+    settings: Settings,
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Checkpoint:
+    if settings.load_format == "dummy":
+        return DummyCheckpoint(config, dtype=dtype, device=device)
+    return Checkpoint(folder, config, dtype=dtype, device=device)
 
 
 def _kv_blocks(settings: Settings, config: ModelConfig, dtype: torch.dtype) -> int:

@@ -49,6 +49,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cache: Annotated[
         str, Meta(description="folder for the default model; found from XDG_CACHE_HOME when empty")
     ] = ""
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="dummy: random weights made from config.json, for benchmarks"),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="compute dtype; auto is the checkpoint's"),

@@ -112,6 +112,7 @@ def other_value(name: str) -> Any:
     """A value that is not the default."""
     values: dict[str, Any] = {
         "default_adapter_source": "hub",
+        "load_format": "dummy",
         "dtype": "float32",
         "device": "cuda",
         "attention": "sdpa",
