@@ -21,13 +21,20 @@ DEFAULT_ALIASES = frozenset({"default", DEFAULT_MODEL})
 
 HUB_PATTERNS = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.txt", "tokenizer*"]
 HUB_LEFT_OUT = ["*/*", "consolidated*"]  # the same weights again in another form
+HUB_WEIGHTS = "*.safetensors"
 
 
-def base_model_folder(model_id: str, revision: str | None = None, token: str | None = None) -> Path:
+def base_model_folder(
+    model_id: str,
+    revision: str | None = None,
+    token: str | None = None,
+    *,
+    weights: bool = True,
+) -> Path:
     """The folder of `model_id`, fetched and converted first where needed.
 
     A revision goes to the hub, also for the default model, since the bundled copy has no history.
-    Raises BaseModelError.
+    Without `weights`, those of a hub's repository are not fetched. Raises BaseModelError.
     """
     if model_id in DEFAULT_ALIASES and revision is None:
         return bundled_model()
@@ -36,7 +43,8 @@ def base_model_folder(model_id: str, revision: str | None = None, token: str | N
         return _local_model(folder, revision)
     if model_id.startswith(("/", ".", "~")):
         raise BaseModelError(f"The base model folder {model_id} does not exist.")
-    return _hub_model(DEFAULT_MODEL if model_id == "default" else model_id, revision, token)
+    repository = DEFAULT_MODEL if model_id == "default" else model_id
+    return _hub_model(repository, revision, token, weights)
 
 
 def _local_model(folder: Path, revision: str | None) -> Path:
@@ -47,7 +55,7 @@ def _local_model(folder: Path, revision: str | None) -> Path:
     return folder.absolute()
 
 
-def _hub_model(model_id: str, revision: str | None, token: str | None) -> Path:
+def _hub_model(model_id: str, revision: str | None, token: str | None, weights: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     from pipeline.progress import progress_class
@@ -58,13 +66,15 @@ def _hub_model(model_id: str, revision: str | None, token: str | None) -> Path:
             revision=revision,
             token=token,
             allow_patterns=HUB_PATTERNS,
-            ignore_patterns=HUB_LEFT_OUT,
+            ignore_patterns=HUB_LEFT_OUT if weights else [*HUB_LEFT_OUT, HUB_WEIGHTS],
             tqdm_class=progress_class(),
         )
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
         raise BaseModelError(_hub_sentence(error, model_id, revision)) from error
     folder = Path(snapshot)
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / "config.json").is_file():
+        raise BaseModelError(f"The hub repository {model_id} holds no config.json.")
+    if weights and not any(folder.glob(HUB_WEIGHTS)):
         raise BaseModelError(
             f"The hub repository {model_id} holds no config.json with safetensors weights."
         )
@@ -104,10 +114,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m adapter_loader.base_model")
     parser.add_argument("--model-id", default=DEFAULT_MODEL, help="a folder or a hub repository")
     parser.add_argument("--revision", help="branch, tag or commit of the hub repository")
+    parser.add_argument(
+        "--without-weights", action="store_true", help="leave the weights of a repository there"
+    )
     options = parser.parse_args()
     try:
         token = os.environ.get("HF_TOKEN") or None
-        folder = base_model_folder(options.model_id, options.revision, token)
+        weights = not options.without_weights
+        folder = base_model_folder(options.model_id, options.revision, token, weights=weights)
     except BaseModelError as error:
         print(error, file=sys.stderr)
         return 2

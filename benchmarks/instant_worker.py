@@ -66,8 +66,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
     outbox = Outbox(run_dir)
     ready = WorkerReady(
         kv_blocks=KV_BLOCKS,
-        block_tokens=settings.kv_block_tokens,
-        adapter_pool_bytes=settings.adapter_pool_bytes,
+        block_tokens=settings.kv_block_tokens or 16,
+        adapter_pool_bytes=settings.adapter_pool_bytes or 1 << 29,
         adapter_slots=settings.adapter_slots,
         rows=settings.rows,
     )

@@ -34,6 +34,7 @@ class AdapterPool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self.nbytes = nbytes
         self._pool = zeros((nbytes,), dtype=torch.uint8, device=device)
         self.shapes = shapes
         self._dtype = dtype

@@ -1,30 +1,38 @@
 """Make a worker out of the settings and a model folder: the one place that knows all its parts."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gpu_worker.adapter_pool import AdapterPool
+from gpu_worker.attention import AttentionBackend
 from gpu_worker.attention.sdpa import SdpaAttention
 from gpu_worker.device import choose_device, choose_dtype, set_threads
 from gpu_worker.figures import Figures
-from gpu_worker.forward import TorchForward
+from gpu_worker.forward import EagerForward, Forward
 from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kernels.grouped import Grouped
 from gpu_worker.kernels.reference import Reference
 from gpu_worker.kv_cache import KvCache, block_bytes
+from gpu_worker.layers.rotary import Rotary
+from gpu_worker.layers.torch_ops import TorchOps
+from gpu_worker.memory import device_memory, divide
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.rows import RowTable
-from gpu_worker.weights import Checkpoint
+from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.messages import WorkerReady
 from pipeline.model_config import ModelConfig, read_model_config
 
+BLOCK_TOKENS = 16
+FLASH_BLOCK_TOKENS = 256  # its pages are a multiple of this
 log = logging.getLogger(__name__)
 Facts = dict[str, str | int | float | None]
 
@@ -37,103 +45,200 @@ class Built(NamedTuple):
     facts: Facts
 
 
+class Parts(NamedTuple):
+    """What the ways through the model share."""
+
+    settings: Settings
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    decoder: Decoder
+    kv_cache: KvCache
+    adapters: AdapterPool
+    history: History
+    row_tokens: int
+
+
 def build_worker(settings: Settings, folder: Path, figures: Figures, index: int = 0) -> Built:
     """Load the weights and allocate the rest. Raises ConfigError."""
     config = read_model_config(folder)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, config.dtype)
     set_threads(settings.gpu_threads)
-    kv_blocks = _kv_blocks(settings, config, dtype)
-    with torch.inference_mode(), Checkpoint(folder, config, dtype=dtype, device=device) as files:
-        decoder = Decoder(config, files)
-    kv_cache = KvCache(
-        config,
-        blocks=kv_blocks,
-        block_tokens=settings.kv_block_tokens,
-        dtype=dtype,
-        device=device,
-    )
-    row_tokens = min(config.max_positions, kv_blocks * settings.kv_block_tokens)
-    adapters = AdapterPool(
-        nbytes=settings.adapter_pool_bytes,
-        shapes=config.module_shapes(),
-        dtype=dtype,
-        device=device,
+    attention = _attention(settings, device, dtype)
+    with torch.inference_mode(), _checkpoint(settings, folder, config, dtype, device) as weights:
+        decoder = Decoder(config, weights)
+    parts = _allocate(settings, config, device, dtype, attention, decoder)
+    rows = RowTable(
+        rows=settings.rows,
+        row_tokens=parts.row_tokens,
+        block_tokens=parts.kv_cache.block_tokens,
     )
     worker = Worker(
-        forward=TorchForward(
-            config=config,
-            decoder=decoder,
-            kv_cache=kv_cache,
-            attention=SdpaAttention(
-                kv_heads=config.kv_heads,
-                block_tokens=settings.kv_block_tokens,
-                null_block=kv_cache.null_block,
-                sliding_window=config.sliding_window,
-                dtype=dtype,
-                device=device,
-            ),
-            lora=_lora_kernels(settings.lora_kernels),
-            adapters=adapters,
-            device=device,
-        ),
-        adapters=adapters,
-        rows=RowTable(
-            rows=settings.rows, row_tokens=row_tokens, block_tokens=settings.kv_block_tokens
-        ),
-        history=History(rows=settings.rows, row_tokens=row_tokens, device=device),
+        forward=_forward(parts),
+        adapters=parts.adapters,
+        rows=rows,
+        history=parts.history,
         figures=figures,
         device=device,
         index=index,
     )
-    ready = _ready(settings, kv_blocks, index)
-    log.info(
-        "event=weights_loaded family=%s layers=%d dtype=%s device=%s kv_blocks=%d",
-        config.family,
-        config.layers,
-        dtype,
-        device,
-        kv_blocks,
+    ready = _ready(parts, index)
+    facts = _facts(parts, ready)
+    log.info("event=worker_ready %s", " ".join(f"{name}={fact}" for name, fact in facts.items()))
+    return Built(worker, ready, facts)
+
+
+def _attention(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
+    """Raises ConfigError for a backend that cannot run here."""
+    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if settings.attention == "auto":
+        return "flash" if possible and installed else "sdpa"
+    if settings.attention == "flash" and not (possible and installed):
+        raise ConfigError(
+            "attention: flash wants a GPU, bfloat16 or float16, and flash-attn installed"
+        )
+    return settings.attention
+
+
+def _checkpoint(
+    settings: Settings, folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Checkpoint | DummyCheckpoint:
+    if settings.load_format == "dummy":
+        return DummyCheckpoint(config, dtype=dtype, device=device)
+    return Checkpoint(folder, config, dtype=dtype, device=device)
+
+
+def _allocate(
+    settings: Settings,
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    decoder: Decoder,
+) -> Parts:
+    block_tokens = settings.kv_block_tokens or BLOCK_TOKENS
+    if attention == "flash":
+        block_tokens = settings.kv_block_tokens or FLASH_BLOCK_TOKENS
+        if block_tokens % FLASH_BLOCK_TOKENS:
+            raise ConfigError(
+                f"kv_block_tokens: attention flash wants a multiple of {FLASH_BLOCK_TOKENS}"
+            )
+    total, free = device_memory(device)
+    division = divide(settings, total=total, free=free)
+    kv_blocks = _kv_blocks(division.kv_cache, config, dtype, block_tokens)
+    row_tokens = min(
+        settings.max_total_tokens or config.max_positions,
+        config.max_positions,
+        kv_blocks * block_tokens,
     )
-    return Built(worker, ready, _facts(config, dtype, device, ready))
+    return Parts(
+        settings=settings,
+        config=config,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+        decoder=decoder,
+        kv_cache=KvCache(
+            config, blocks=kv_blocks, block_tokens=block_tokens, dtype=dtype, device=device
+        ),
+        adapters=AdapterPool(
+            nbytes=division.adapter_pool,
+            shapes=config.module_shapes(),
+            dtype=dtype,
+            device=device,
+        ),
+        history=History(rows=settings.rows, row_tokens=row_tokens, device=device),
+        row_tokens=row_tokens,
+    )
 
 
-def _kv_blocks(settings: Settings, config: ModelConfig, dtype: torch.dtype) -> int:
-    nbytes = block_bytes(config, block_tokens=settings.kv_block_tokens, dtype=dtype)
-    blocks = settings.kv_cache_bytes // nbytes
+def _kv_blocks(nbytes: int, config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> int:
+    of_block = block_bytes(config, block_tokens=block_tokens, dtype=dtype)
+    blocks = nbytes // of_block
     if blocks < 1:
         raise ConfigError(
-            f"kv_cache_bytes: {settings.kv_cache_bytes} bytes hold no block of "
-            f"{settings.kv_block_tokens} tokens, which takes {nbytes}"
+            f"kv_cache_bytes: {nbytes} bytes hold no block of {block_tokens} tokens, "
+            f"which takes {of_block}"
         )
     return blocks
+
+
+def _forward(parts: Parts) -> Forward:
+    if parts.device.type == "cuda":
+        from gpu_worker.build_cuda import cuda_forward  # Triton is not there on a plain CPU
+
+        return cuda_forward(parts)
+    rotary = make_rotary(parts)
+
+    def make_ops(positions: Tensor, kv_slots: Tensor) -> TorchOps:
+        return TorchOps(
+            rotary=rotary,
+            kv_cache=parts.kv_cache,
+            kv_heads=parts.config.kv_heads,
+            norm_eps=parts.config.norm_eps,
+            positions=positions,
+            kv_slots=kv_slots,
+        )
+
+    return EagerForward(
+        decoder=parts.decoder,
+        kv_cache=parts.kv_cache,
+        make_ops=make_ops,
+        attention=make_sdpa(parts),
+        lora=_lora_kernels(parts.settings.lora_kernels),
+        adapters=parts.adapters,
+        device=parts.device,
+    )
+
+
+def make_rotary(parts: Parts) -> Rotary:
+    return Rotary(
+        head_dim=parts.config.head_dim,
+        theta=parts.config.rope_theta,
+        scaling=parts.config.rope_scaling,
+        device=parts.device,
+    )
+
+
+def make_sdpa(parts: Parts) -> AttentionBackend:
+    return SdpaAttention(
+        kv_heads=parts.config.kv_heads,
+        block_tokens=parts.kv_cache.block_tokens,
+        null_block=parts.kv_cache.null_block,
+        sliding_window=parts.config.sliding_window,
+        dtype=parts.dtype,
+        device=parts.device,
+    )
 
 
 def _lora_kernels(setting: str) -> LoraKernels:
     return Reference() if setting == "reference" else Grouped()
 
 
-def _ready(settings: Settings, kv_blocks: int, index: int) -> WorkerReady:
+def _ready(parts: Parts, index: int) -> WorkerReady:
     return WorkerReady(
-        kv_blocks=kv_blocks,
-        block_tokens=settings.kv_block_tokens,
-        adapter_pool_bytes=settings.adapter_pool_bytes,
-        adapter_slots=settings.adapter_slots,
-        rows=settings.rows,
+        kv_blocks=parts.kv_cache.blocks,
+        block_tokens=parts.kv_cache.block_tokens,
+        adapter_pool_bytes=parts.adapters.nbytes,
+        adapter_slots=parts.settings.adapter_slots,
+        rows=parts.settings.rows,
         index=index,
     )
 
 
-def _facts(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, ready: WorkerReady
-) -> Facts:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _facts(parts: Parts, ready: WorkerReady) -> Facts:
+    cuda = parts.device.type == "cuda"
     return {
-        "dtype": str(dtype),
-        "family": config.family,
-        "device": device.type,
-        "device_name": name,
+        "dtype": str(parts.dtype),
+        "family": parts.config.family,
+        "layers": parts.config.layers,
+        "device": parts.device.type,
+        "device_name": torch.cuda.get_device_name(parts.device) if cuda else "cpu",
         "threads": torch.get_num_threads(),
+        "attention": parts.attention,
         "kv_blocks": ready.kv_blocks,
         "block_tokens": ready.block_tokens,
         "adapter_pool_bytes": ready.adapter_pool_bytes,

@@ -16,7 +16,9 @@ class PinnedRing:
         empty: NDArray[Any] = np.zeros(shape, dtype)
         pinned = torch.cuda.is_available()
         self._buffers = [
-            torch.from_numpy(empty.copy()).pin_memory() if pinned else torch.from_numpy(empty.copy())
+            torch.from_numpy(empty.copy()).pin_memory()
+            if pinned
+            else torch.from_numpy(empty.copy())
             for _ in range(buffers)
         ]
         self._turn = 0

@@ -1,9 +1,10 @@
-"""The weights of a base model, out of its folder's safetensors files.
+"""The weights of a base model, out of its folder's safetensors files, or random ones.
 
 All names and shapes are checked against the headers before the first byte is read, so that a
 wrong folder is one sentence at once.
 """
 
+import zlib
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,7 @@ DTYPES = ("F32", "F16", "BF16")
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 NORM = "model.norm.weight"
+DUMMY_STD = 0.02  # as models are initialised: logits stay finite at any depth
 IGNORED_ENDING = ".rotary_emb.inv_freq"  # old checkpoints keep what can be computed
 
 
@@ -146,3 +148,28 @@ class Checkpoint:
                 )
             if header.get_dtype() not in DTYPES:
                 raise ConfigError(f"model_id: {name} is stored as {header.get_dtype()}")
+
+
+class DummyCheckpoint(Checkpoint):
+    """Random weights in the shapes that the configuration asks for; no file is opened.
+
+    Made on the device, and the same at each start: a tensor depends on its name alone.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(Path(), config, dtype=dtype, device=device)
+        self._shape_of = expected_shapes(config)
+
+    def __enter__(self) -> "DummyCheckpoint":
+        return self
+
+    def read(self, name: str) -> Tensor:
+        """Normal, with a mean of 0 and DUMMY_STD; the weights of norms are 1."""
+        tensor = torch.empty(self._shape_of[name], dtype=self._dtype, device=self._device)
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        return tensor.normal_(std=DUMMY_STD, generator=generator)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shape_of

@@ -49,6 +49,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     cache: Annotated[
         str, Meta(description="folder for the default model; found from XDG_CACHE_HOME when empty")
     ] = ""
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="dummy: random weights made from config.json, for benchmarks"),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="compute dtype; auto is the checkpoint's"),
@@ -57,7 +61,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Literal["auto", "cpu", "cuda"], Meta(description="where the GPU worker runs")
     ] = "auto"
     attention: Annotated[
-        Literal["auto", "sdpa"], Meta(description="attention backend of the GPU worker")
+        Literal["auto", "flash", "sdpa"],
+        Meta(description="attention backend; auto: flash-attn where it is installed for a GPU"),
     ] = "auto"
     lora_kernels: Annotated[
         Literal["auto", "reference", "grouped"], Meta(description="LoRA kernels of the GPU worker")
@@ -69,13 +74,33 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             description="CPU threads of the GPU worker; 0: all cores, less one of four or more",
         ),
     ] = 0
-    kv_cache_bytes: Annotated[int, Meta(ge=1, description="memory for the KV cache, bytes")] = (
-        1 << 30
-    )
-    kv_block_tokens: Annotated[int, Meta(ge=1, le=1024, description="tokens per KV block")] = 16
+    gpu_memory_fraction: Annotated[
+        float, Meta(gt=0, le=1, description="share of a GPU's memory that the server may fill")
+    ] = 0.92
+    adapter_pool_fraction: Annotated[
+        float,
+        Meta(gt=0, lt=1, description="share of a GPU's memory beside the weights for adapters"),
+    ] = 0.2
+    kv_cache_bytes: Annotated[
+        int,
+        Meta(
+            ge=0, description="memory for the KV cache, bytes; 0: 1 GiB, on a GPU all that is left"
+        ),
+    ] = 0
+    kv_block_tokens: Annotated[
+        int,
+        Meta(ge=0, le=1024, description="tokens per KV block; 0: what the attention wants, or 16"),
+    ] = 0
     adapter_pool_bytes: Annotated[
-        int, Meta(ge=1, description="device memory for resident adapters, bytes")
-    ] = 512 << 20
+        int,
+        Meta(
+            ge=0,
+            description="memory for resident adapters, bytes; 0: 512 MiB, on a GPU the fraction",
+        ),
+    ] = 0
+    cuda_graphs: Annotated[bool, Meta(description="run decode steps on a GPU as CUDA graphs")] = (
+        True
+    )
     adapter_slots: Annotated[
         int, Meta(ge=1, le=65536, description="adapters that can be resident at once")
     ] = 1024

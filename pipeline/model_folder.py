@@ -20,6 +20,8 @@ def model_folder(settings: Settings) -> Path:
     command = [sys.executable, "-m", "adapter_loader.base_model", "--model-id", settings.model_id]
     if settings.model_revision:
         command += ["--revision", settings.model_revision]
+    if settings.load_format == "dummy":
+        command.append("--without-weights")
     environment = dict(os.environ)
     if settings.cache:
         environment["LORADEX_CACHE"] = settings.cache

@@ -17,7 +17,15 @@ ALLOWED = {
     "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
     "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
     "scheduler": {"msgspec", "prometheus_client"},
-    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "safetensors"},
+    "gpu_worker": {
+        "flash_attn",
+        "msgspec",
+        "numpy",
+        "prometheus_client",
+        "safetensors",
+        "torch",
+        "triton",
+    },
     "adapter_loader": {
         "gguf",
         "huggingface_hub",

@@ -65,9 +65,7 @@ class FlashAttention:
 
 
 class _DecodePlan:
-    def __init__(
-        self, page_table: Tensor, lengths: Tensor, window: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, page_table: Tensor, lengths: Tensor, window: tuple[int, int] | None) -> None:
         self._page_table = page_table
         self._lengths = lengths
         self._window = window
@@ -124,9 +122,7 @@ class _ChunkPlan:
 class _MixedPlan:
     """Decode rows, then chunks."""
 
-    def __init__(
-        self, *, decode: _DecodePlan, decode_rows: int, chunks: _ChunkPlan | None
-    ) -> None:
+    def __init__(self, *, decode: _DecodePlan, decode_rows: int, chunks: _ChunkPlan | None) -> None:
         self._decode = decode
         self._decode_rows = decode_rows
         self._chunks = chunks

@@ -40,6 +40,12 @@ class Rotary:
         cos, sin = half.cos(), half.sin()
         return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
 
+    def table(self, positions: int) -> Tensor:
+        """fp32[positions, head_dim]: the cosines of each position, then the sines."""
+        at = torch.arange(positions, device=self._frequencies.device)
+        angles = at[:, None].float() * self._frequencies
+        return torch.cat((angles.cos(), angles.sin()), -1)
+
     def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> None:
         """Rotate x [tokens, heads, head_dim] in place."""
         cos, sin = angles

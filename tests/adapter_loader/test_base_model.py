@@ -131,6 +131,19 @@ def test_a_hub_that_nobody_answers_for(hub: dict[str, str]) -> None:
     assert_refused(refused, "owner/model could not be fetched", "refused")
 
 
+def test_a_repository_whose_weights_are_not_wanted(hub: dict[str, str]) -> None:
+    repository = Path(hub["HF_HOME"]) / "hub" / "models--owner--bare"
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    (snapshot / "config.json").write_text("{}")
+    offline = hub | {"HF_HUB_OFFLINE": "1"}
+    answer = ask("owner/bare", "--without-weights", **offline)
+    assert (answer.returncode, answer.stdout) == (0, f"{snapshot}\n")
+    assert_refused(ask("owner/bare", **offline), "owner/bare", "safetensors")
+
+
 def test_a_repository_that_is_not_cached_in_offline_mode(hub: dict[str, str]) -> None:
     refused = ask("owner/model", **(hub | {"HF_HUB_OFFLINE": "1"}))
     assert_refused(refused, "not in the local cache", "HF_HUB_OFFLINE")

@@ -55,6 +55,14 @@ def test_a_dtype_that_nobody_can_compute_in_is_an_error(tmp_path: Path) -> None:
     assert choose_dtype("bfloat16", "float8_e4m3fn") == torch.bfloat16
 
 
+def test_dummy_weights_need_a_configuration_and_nothing_else(tmp_path: Path) -> None:
+    make_model(tmp_path, "qwen3")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="cannot read"):
+        build(tmp_path)
+    assert build(tmp_path, load_format="dummy").facts["family"] == "qwen3"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_cuda_where_there_is_none_is_an_error() -> None:
     assert choose_device("auto").type == "cpu"

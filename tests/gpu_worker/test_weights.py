@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpu_worker.weights import EMBEDDING, LM_HEAD, NORM, Checkpoint
+from gpu_worker.weights import (
+    DUMMY_STD,
+    EMBEDDING,
+    LM_HEAD,
+    NORM,
+    Checkpoint,
+    DummyCheckpoint,
+    expected_shapes,
+)
 from pipeline.errors import ConfigError
 from pipeline.model_config import read_model_config
 from tests.gpu_worker.tiny import change_config, make_model
@@ -114,3 +122,35 @@ def test_no_file(folder: Path) -> None:
 def test_an_index_that_cannot_be_used(folder: Path, index: str, sentence: str) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
     assert sentence in refusal(folder)
+
+
+def dummy(folder: Path, dtype: torch.dtype = torch.float32) -> DummyCheckpoint:
+    return DummyCheckpoint(read_model_config(folder), dtype=dtype, device=CPU)
+
+
+def test_dummy_weights_need_no_file(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    shapes = expected_shapes(read_model_config(folder))
+    with dummy(folder, torch.bfloat16) as checkpoint:
+        read = {name: checkpoint.read(name) for name in shapes}
+        assert all(name in checkpoint for name in shapes)
+        assert "model.more" not in checkpoint
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == shapes
+    assert {tensor.dtype for tensor in read.values()} == {torch.bfloat16}
+
+
+def test_dummy_weights_are_normal_and_those_of_norms_are_one(folder: Path) -> None:
+    checkpoint = dummy(folder)
+    embedding = checkpoint.read(EMBEDDING)
+    assert embedding.std().item() == pytest.approx(DUMMY_STD, rel=0.05)
+    assert embedding.mean().item() == pytest.approx(0, abs=0.001)
+    for name in (NORM, "model.layers.0.input_layernorm.weight"):
+        assert (checkpoint.read(name) == 1).all()
+
+
+def test_dummy_weights_differ_by_name_and_come_back_at_each_start(folder: Path) -> None:
+    first, second = dummy(folder), dummy(folder)
+    other = QUERY.replace("q_proj", "o_proj")
+    second.read(other)
+    assert torch.equal(first.read(QUERY), second.read(QUERY))
+    assert not torch.equal(first.read(QUERY), first.read(other))

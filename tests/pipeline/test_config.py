@@ -112,6 +112,7 @@ def other_value(name: str) -> Any:
     """A value that is not the default."""
     values: dict[str, Any] = {
         "default_adapter_source": "hub",
+        "load_format": "dummy",
         "dtype": "float32",
         "device": "cuda",
         "attention": "sdpa",
@@ -119,6 +120,8 @@ def other_value(name: str) -> Any:
         "log_level": "debug",
         "adapter_root": ("a", "/b c"),
         "kv_block_tokens": 32,
+        "gpu_memory_fraction": 0.5,
+        "adapter_pool_fraction": 0.5,
     }
     default = FIELDS[name].default
     if name in values:

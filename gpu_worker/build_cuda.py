@@ -1,0 +1,82 @@
+"""The ways through the model on a GPU: Triton between the linear layers, graphs for decode."""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+
+from gpu_worker.attention import AttentionBackend, PagedBackend
+from gpu_worker.build import Parts, make_rotary, make_sdpa
+from gpu_worker.cuda_graphs import DecodeGraphs, StaticBatch
+from gpu_worker.forward import EagerForward, Forward, GraphedForward
+from gpu_worker.kernels.grouped import Grouped
+from gpu_worker.layers import LayerOps
+from gpu_worker.layers.triton_ops import TritonOps
+from gpu_worker.models.decoder import Pass
+
+log = logging.getLogger(__name__)
+
+
+def cuda_forward(parts: Parts) -> Forward:
+    config = parts.config
+    cos_sin = make_rotary(parts).table(parts.row_tokens)
+
+    def make_ops(positions: Tensor, kv_slots: Tensor) -> LayerOps:
+        return TritonOps(
+            cos_sin=cos_sin,
+            kv_cache=parts.kv_cache,
+            kv_heads=config.kv_heads,
+            norm_eps=config.norm_eps,
+            positions=positions,
+            kv_slots=kv_slots,
+        )
+
+    paged = _paged(parts)
+    attention: AttentionBackend = paged or make_sdpa(parts)
+    eager = EagerForward(
+        decoder=parts.decoder,
+        kv_cache=parts.kv_cache,
+        make_ops=make_ops,
+        attention=attention,
+        lora=Grouped(),
+        adapters=parts.adapters,
+        device=parts.device,
+    )
+    if paged is None or not parts.settings.cuda_graphs:
+        return eager
+
+    def decode(batch: StaticBatch, lora: bool) -> Tensor:
+        pages = batch.page_table.index_select(0, batch.rows)
+        step = Pass(
+            token_ids=parts.history.read(batch.rows, batch.positions),
+            sampled=None,
+            ops=make_ops(batch.positions, batch.kv_slots),
+            attention=paged.plan_decode(pages, (batch.positions + 1).int()),
+            kv_cache=parts.kv_cache,
+            lora=None,
+        )
+        return parts.decoder.forward(step)
+
+    graphs = DecodeGraphs(
+        forward=decode,
+        history=parts.history,
+        null_block=parts.kv_cache.null_block,
+        block_tokens=parts.kv_cache.block_tokens,
+        rows=parts.settings.rows,
+        row_blocks=-(-parts.row_tokens // parts.kv_cache.block_tokens),
+        device=parts.device,
+    )
+    started = time.perf_counter()
+    with torch.inference_mode():
+        graphs.capture([False])
+    log.info("event=graphs_captured seconds=%.1f", time.perf_counter() - started)
+    return GraphedForward(eager=eager, graphs=graphs, device=parts.device)
+
+
+def _paged(parts: Parts) -> PagedBackend | None:
+    if parts.attention != "flash":
+        return None
+    from gpu_worker.attention.flash import FlashAttention  # flash-attn need not be installed
+
+    return FlashAttention(sliding_window=parts.config.sliding_window, device=parts.device)
