@@ -15,13 +15,8 @@ two tokens while every request decodes.
 """
 
 import argparse
-import json
-import shutil
 import statistics
-import sys
 import tempfile
-import time
-from array import array
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,14 +26,19 @@ import msgspec
 import numpy as np
 
 from benchmarks import roofline
-from benchmarks.adapters import AdapterKind, write_adapters
-from benchmarks.harness import STATS_SECONDS, Engine, Metrics, Reply, Request, settings_from
-from benchmarks.machine import commit, machine
-from benchmarks.models import CONFIGS, make_model
-from pipeline.config import Settings
+from benchmarks.adapters import AdapterKind
+from benchmarks.engine import Engine, Metrics, Reply, Request
+from benchmarks.harness import (
+    Results,
+    Scene,
+    common_options,
+    prompt,
+    room_in_memory,
+    serving,
+)
+from benchmarks.models import make_model
 from pipeline.model_config import ModelConfig, read_model_config
 
-SHARED_MEMORY = Path("/dev/shm")
 RANK_16 = AdapterKind()
 KINDS: dict[str, tuple[AdapterKind, ...]] = {  # the adapters of a set take these in turn
     "rank16": (RANK_16,),
@@ -99,16 +99,16 @@ STEP_SUM, STEP_COUNT = "loradex_step_seconds_sum", "loradex_step_seconds_count"
 IDLE, BUSY = "loradex_decode_idle_seconds_total", "loradex_decode_busy_seconds_total"
 
 
-def prompts(load: Load, vocabulary: int, generator: np.random.Generator) -> list["array[int]"]:
-    tokens = generator.integers(3, vocabulary - 256, (load.requests, load.tokens_in), np.int32)
-    return [array("i", row.tobytes()) for row in tokens]
-
-
 def requests(point: Point, vocabulary: int, generator: np.random.Generator) -> list[Request]:
     names: list[str | None] = [*point.names()] or [None]
+    load = point.load
     return [
-        Request(prompt, point.load.tokens_out, names[index % len(names)])
-        for index, prompt in enumerate(prompts(point.load, vocabulary, generator))
+        Request(
+            prompt(load.tokens_in, vocabulary, generator),
+            load.tokens_out,
+            names[index % len(names)],
+        )
+        for index in range(load.requests)
     ]
 
 
@@ -160,33 +160,20 @@ def run_point(
 # --- the server ---
 
 
-def sizes(points: Sequence[Point], config: ModelConfig, element_bytes: int) -> dict[str, Any]:
+def sizes(points: Sequence[Point], config: ModelConfig) -> dict[str, Any]:
     """Settings with room for every adapter and for the largest load."""
+    element_bytes = 4 if config.dtype == "float32" else 2
     kinds = {name: kind for point in points for name, kind in point.adapter_kinds()}
     adapter_bytes = [kind.nbytes(config, element_bytes) + 256 for kind in kinds.values()]
     pool_bytes = sum(adapter_bytes) + (1 << 20)
     rows = max(point.load.requests for point in points)
-    tokens = max(
-        point.load.requests * (point.load.tokens_in + point.load.tokens_out + 64)
-        for point in points
-    )
-    kv_token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * element_bytes
-    largest = max(adapter_bytes, default=0)
     return {
         "rows": rows,
         "step_tokens": max(4096, rows),
-        "kv_cache_bytes": tokens * kv_token_bytes,
         "adapter_pool_bytes": pool_bytes,
         "adapter_slots": max(1, len(kinds)),
-        "arena_bytes": min(pool_bytes, max(8 << 30, 16 * largest)) + (1 << 20),
-        "loader_threads": 8,
+        "arena_bytes": min(pool_bytes, max(8 << 30, 16 * max(adapter_bytes, default=0))),
     }
-
-
-def scratch_parent(nbytes: int) -> str:
-    """Where adapters and arena find room: in memory if they do."""
-    in_memory = SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 1.1 * nbytes
-    return str(SHARED_MEMORY) if in_memory else tempfile.gettempdir()
 
 
 def chosen_points(arguments: argparse.Namespace) -> list[tuple[str, Point]]:
@@ -255,32 +242,37 @@ def show(row: dict[str, Any]) -> None:
 
 
 def run(
-    engine: Engine, points: Sequence[tuple[str, Point]], rounds: int, config: ModelConfig
-) -> list[dict[str, Any]]:
+    engine: Engine,
+    points: Sequence[tuple[str, Point]],
+    rounds: int,
+    config: ModelConfig,
+    results: Results,
+) -> None:
     """Every point, base first within each load; prints a row after each."""
     on_h200 = "H200" in str(engine.facts["gpu_worker"].get("device_name"))
     generator = np.random.default_rng(0)
     base_of: dict[Load, float] = {}
-    rows = []
     print(HEADER)
     for table, point in points:
         measured = run_point(engine, point, rounds, config, generator)
-        floor = None
-        if on_h200:
-            load = msgspec.structs.asdict(point.load)
-            adapter_bytes = point.adapter_bytes(config)
-            seconds = roofline.load_seconds(config, **load, adapter_bytes=adapter_bytes)
-            floor = point.load.requests * point.load.tokens_out / seconds
+        floor = floor_rate(point, config) if on_h200 else None
         if point.adapters == 0:
             base_of[point.load] = statistics.mean(one.tokens_per_second for one in measured)
-        rows.append(row_of(table, point, measured, base_of.get(point.load), floor))
-        show(rows[-1])
-    return rows
+        results.add(row_of(table, point, measured, base_of.get(point.load), floor))
+        show(results.rows[-1])
+
+
+def floor_rate(point: Point, config: ModelConfig) -> float:
+    """Tokens per second that the hardware allows."""
+    load = point.load
+    seconds = roofline.load_seconds(
+        config, **msgspec.structs.asdict(load), adapter_bytes=point.adapter_bytes(config)
+    )
+    return load.requests * load.tokens_out / seconds
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", choices=CONFIGS, default="llama-3.1-8b")
     parser.add_argument("--points", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--adapters", nargs="+", type=int, help="only these numbers of them")
     parser.add_argument("--requests", type=int, help="in place of each table's own number")
@@ -288,68 +280,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens-out", type=int)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--distinct", type=int, default=0, help="weight files; 0: one per adapter")
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--folder", type=Path, help="for adapters and logs; kept afterwards")
-    parser.add_argument("--json", type=Path)
+    common_options(parser)
     return parser.parse_args(arguments)
 
 
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse(given)
-    points = chosen_points(arguments)
+    named_points = chosen_points(arguments)
+    points = [point for _, point in named_points]
     with tempfile.TemporaryDirectory() as name:
         config = read_model_config(make_model(arguments.model, Path(name)))
-    element_bytes = 4 if config.dtype == "float32" else 2
-    room = sizes([point for _, point in points], config, element_bytes)
-    parent = scratch_parent(room["adapter_pool_bytes"] + room["arena_bytes"])
-    with tempfile.TemporaryDirectory(dir=parent, prefix="loradex-bench-") as name:
-        folder = arguments.folder or Path(name)
-        kinds = {name: kind for _, point in points for name, kind in point.adapter_kinds()}
-        start = time.monotonic()
-        (folder / "adapters").mkdir(parents=True, exist_ok=True)
-        write_adapters(folder / "adapters", config, list(kinds.items()), arguments.distinct)
-        written = time.monotonic() - start
-        settings = settings_from(
-            {
-                "load_format": "dummy",
-                "model_folder": str(make_model(arguments.model, folder)),
-                "adapter_root": [str(folder / "adapters")],
-                "run_dir": f"{name}/run",
-                "stats_seconds": STATS_SECONDS,
-                **room,
-            },
-            arguments.set,
-        )
-        result = serve(settings, points, arguments, config, folder, written)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def serve(
-    settings: Settings,
-    points: Sequence[tuple[str, Point]],
-    arguments: argparse.Namespace,
-    config: ModelConfig,
-    folder: Path,
-    written: float,
-) -> dict[str, Any]:
-    with Engine(settings, folder / "logs") as engine:
-        facts = engine.facts["gpu_worker"]
-        print(
-            f"{machine()}, {facts.get('device_name')}, commit {commit()}; adapters written in "
-            f"{written:.1f} s, ready after {engine.start_seconds:.1f} s\n"
-        )
-        rows = run(engine, points, arguments.rounds, config)
-    return {
-        "machine": machine(),
-        "device": facts.get("device_name"),
-        "commit": commit(),
-        "command": "python -m benchmarks.gpu_throughput " + " ".join(sys.argv[1:]),
-        "model": arguments.model,
-        "start_seconds": engine.start_seconds,
-        "facts": facts,
-        "rows": rows,
-    }
+    settings = sizes(points, config)
+    scene = Scene(
+        model=arguments.model,
+        kinds=list(
+            {name: kind for point in points for name, kind in point.adapter_kinds()}.items()
+        ),
+        settings=settings,
+        changes=arguments.set,
+        distinct=arguments.distinct,
+        parent=room_in_memory(settings["adapter_pool_bytes"] + settings["arena_bytes"]),
+    )
+    with serving(scene) as engine:
+        results = Results(engine, "benchmarks.gpu_throughput", arguments.json)
+        run(engine, named_points, arguments.rounds, config, results)
 
 
 if __name__ == "__main__":
