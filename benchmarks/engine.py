@@ -113,17 +113,18 @@ class Engine:
     """
 
     def __init__(self, settings: Settings, logs: Path) -> None:
-        self._settings = settings
+        self.settings = settings
         self._logs = logs
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._requests = 0
         self._replies: dict[int, Reply] = {}  # of requests that run
+        self._families_of: dict[str, Families] = {}  # as each process reported last
         self._heard = 0.0  # when a token came last, or the first request since all had ended
         self.facts: dict[str, dict[str, Any]] = {}  # what each process says of itself
         self.start_seconds = 0.0
 
     def __enter__(self) -> "Engine":
-        run_dir = run_folder(self._settings)
+        run_dir = run_folder(self.settings)
         self._logs.mkdir(parents=True, exist_ok=True)
         self._frontend = Inbox[ToFrontend](run_dir, "frontend", 0, ToFrontend)
         self._tokens = Inbox[ToTokenizerWorker](run_dir, "tokenizer_workers", 0, ToTokenizerWorker)
@@ -133,7 +134,7 @@ class Engine:
             others = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
             environment = {
                 **others,
-                **to_environment(self._settings),
+                **to_environment(self.settings),
                 "LORADEX_CONFIG": os.devnull,
             }
             for name in PROCESSES:
@@ -236,19 +237,28 @@ class Engine:
 
     def metrics(self) -> Metrics:
         """As they stand now: the second report from now on was surely written after now."""
-        while self._frontend.receive(0):
-            pass
-        families_of: dict[str, Families] = {}
+        self.latest_metrics()
         reports = dict.fromkeys(PROCESSES, 0)
 
         def take(message: ToFrontend) -> bool:
-            if isinstance(message, Stats) and message.process in reports:
+            self._note(message)
+            if isinstance(message, Stats):
                 reports[message.process] += 1
-                families_of[message.process] = message.families
             return min(reports.values()) >= 2
 
         self._await("metrics", take, SILENCE_SECONDS)
-        return Metrics(families_of)
+        return Metrics(self._families_of)
+
+    def latest_metrics(self) -> Metrics:
+        """As they were reported last, without waiting."""
+        while messages := self._frontend.receive(0):
+            for message in messages:
+                self._note(message)
+        return Metrics(self._families_of)
+
+    def _note(self, message: ToFrontend) -> None:
+        if isinstance(message, Stats):
+            self._families_of[message.process] = message.families
 
     def _wait_until_ready(self) -> None:
         def take(message: ToFrontend) -> bool:
@@ -292,7 +302,7 @@ class Engine:
         self._outbox.close(0)
         self._tokens.close()
         self._frontend.close()
-        arena_path(self._settings.run_folder()).unlink(missing_ok=True)
+        arena_path(self.settings.run_folder()).unlink(missing_ok=True)
 
 
 def _die_with_parent() -> None:

@@ -9,9 +9,11 @@ the adapters in turn. One server for all points, with room for all adapters. Of 
 that is not counted makes the adapters resident. Tokens per second are all produced tokens by the
 time from the first submit to the last end.
 
-`share` is that of the base model of the same load in the same run; `floor` is the time that
-benchmarks/roofline.py asks for by the time that it took. A decode step is the median time between
-two tokens while every request decodes.
+`of base` is the share of the base model's rate at the same load in the same run, `of floor` that of
+the rate which benchmarks/roofline.py allows an H200. Prefill lasts until every request has its first
+token; a decode step is the median time between two tokens while every request decodes. What the
+worker says of its steps comes from its metrics. Adapters share a few weight files, by hard links:
+in the arena and on the device each has its own bytes.
 """
 
 import argparse
@@ -279,7 +281,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens-in", type=int)
     parser.add_argument("--tokens-out", type=int)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--distinct", type=int, default=0, help="weight files; 0: one per adapter")
+    parser.add_argument("--distinct", type=int, default=16, help="weight files of a kind; 0: all")
     common_options(parser)
     return parser.parse_args(arguments)
 
