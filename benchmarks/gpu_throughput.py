@@ -10,9 +10,9 @@ that is not counted makes the adapters resident. Tokens per second are all produ
 time from the first submit to the last end.
 
 `of base` is the share of the base model's rate at the same load in the same run, `of floor` that of
-the rate which benchmarks/roofline.py allows an H200. Prefill lasts until every request has its first
-token; a decode step is the median time between two tokens while every request decodes. What the
-worker says of its steps comes from its metrics. Adapters share a few weight files, by hard links:
+the rate which benchmarks/roofline.py allows an H200. Prefill lasts until every request has its
+first token; a decode step is the mean time between two tokens while every request decodes (a median
+would be wrong where the tokens of two steps arrive together). What the worker says of its steps comes from its metrics. Adapters share a few weight files, by hard links:
 in the arena and on the device each has its own bytes.
 """
 
@@ -20,7 +20,6 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ class Round(msgspec.Struct, frozen=True):
     seconds: float
     tokens_per_second: float
     prefill_seconds: float  # until every request has its first token
-    decode_step_seconds: float  # median; 0 if not all requests ever decode together
+    decode_step_seconds: float  # mean; 0 if not all requests ever decode together
     worker: dict[str, float]  # what the worker says of its steps
 
 
@@ -121,14 +120,17 @@ def measure(replies: Sequence[Reply], before: Metrics, after: Metrics) -> Round:
     first_end = min(reply.times[-1] for reply in replies)
     arrivals = sorted({time for reply in replies for time in reply.times})
     together = [time for time in arrivals if all_decode <= time < first_end]
-    steps = [later - earlier for earlier, later in pairwise(together)]
     return Round(
         seconds=end - start,
         tokens_per_second=sum(len(reply.times) for reply in replies) / (end - start),
         prefill_seconds=all_decode - start,
-        decode_step_seconds=statistics.median(steps) if steps else 0.0,
+        decode_step_seconds=mean_step(together),
         worker=worker_figures(before, after),
     )
+
+
+def mean_step(arrivals: Sequence[float]) -> float:
+    return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else 0.0
 
 
 def worker_figures(before: Metrics, after: Metrics) -> dict[str, float]:
@@ -236,7 +238,7 @@ def show(row: dict[str, Any]) -> None:
         share(row["share_of_base"]),
         share(row["share_of_floor"]),
         f"{1e3 * last['prefill_seconds']:.1f}",
-        f"{1e3 * last['decode_step_seconds']:.2f}",
+        f"{1e3 * last['decode_step_seconds']:.2f}" if last["decode_step_seconds"] else "",
         f"{1e3 * worker['step_seconds']:.2f}" if "step_seconds" in worker else "",
         share(worker.get("idle_share")),
     ]
