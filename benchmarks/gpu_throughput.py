@@ -12,7 +12,8 @@ time from the first submit to the last end.
 `of base` is the share of the base model's rate at the same load in the same run, `of floor` that of
 the rate which benchmarks/roofline.py allows an H200. Prefill lasts until every request has its
 first token; a decode step is the mean time between two tokens while every request decodes (a median
-would be wrong where the tokens of two steps arrive together). What the worker says of its steps comes from its metrics. Adapters share a few weight files, by hard links:
+would be wrong where the tokens of two steps arrive together). What the worker says of its steps
+comes from its metrics. Adapters share a few weight files, by hard links:
 in the arena and on the device each has its own bytes.
 """
 
