@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_steps [--rows 128] [--adapters 0 1 8 32 64 128] [--profile 0 32]
 
-Random weights of Llama-3.1-8B's shape, random adapters of rank 16 on all seven linear layers, prompts
-of 128 tokens. Decode steps follow each other as the pipeline sends them, without waiting; a prefill
-step holds 32 prompts. With --profile, the kernels that take most of a decode and a prefill step.
+Random weights of Llama-3.1-8B's shape, random adapters of rank 16 on all seven linear layers, and
+prompts of 128 tokens. Decode steps follow each other as the pipeline sends them, without waiting; a
+prefill step holds 32 prompts. With --profile, the kernels that take most of a decode and a prefill.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import commit, machine
-from benchmarks.models import CONFIGS, make_model
+from benchmarks.models import make_model
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
@@ -104,8 +104,7 @@ def main() -> None:
     parser.add_argument("--profile", type=int, nargs="*", default=[])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder, CONFIGS["llama-3.1-8b"])
+        folder = make_model("llama-3.1-8b", Path(name))
         settings = Settings(
             load_format="dummy",
             dtype="bfloat16",

@@ -39,6 +39,7 @@ from pipeline.config import Settings
 from pipeline.model_config import ModelConfig, read_model_config
 
 SHARED_MEMORY = Path("/dev/shm")
+LARGEST_BLOCK = 256  # tokens
 RANK_16 = AdapterKind()
 KINDS: dict[str, tuple[AdapterKind, ...]] = {  # the adapters of a set take these in turn
     "rank16": (RANK_16,),
@@ -167,7 +168,7 @@ def sizes(points: Sequence[Point], config: ModelConfig, element_bytes: int) -> d
     pool_bytes = sum(adapter_bytes) + (1 << 20)
     rows = max(point.load.requests for point in points)
     tokens = max(
-        point.load.requests * (point.load.tokens_in + point.load.tokens_out + 64)
+        point.load.requests * _padded(point.load.tokens_in + point.load.tokens_out + 64)
         for point in points
     )
     kv_token_bytes = 2 * config.layers * config.kv_heads * config.head_dim * element_bytes
@@ -181,6 +182,11 @@ def sizes(points: Sequence[Point], config: ModelConfig, element_bytes: int) -> d
         "arena_bytes": min(pool_bytes, max(8 << 30, 16 * largest)) + (1 << 20),
         "loader_threads": 8,
     }
+
+
+def _padded(tokens: int) -> int:
+    """With room for blocks that are not full, of the largest size that a backend wants."""
+    return -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
 
 
 def scratch_parent(nbytes: int) -> str:
