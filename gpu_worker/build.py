@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.attention import AttentionBackend
 from gpu_worker.attention.sdpa import SdpaAttention
+from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import choose_device, choose_dtype, set_threads
 from gpu_worker.figures import Figures
 from gpu_worker.forward import EagerForward, Forward
@@ -55,7 +56,7 @@ class Parts(NamedTuple):
     attention: str
     decoder: Decoder
     kv_cache: KvCache
-    adapters: AdapterPool
+    adapters: AdapterPool | CudaAdapterPool
     history: History
     row_tokens: int
 
@@ -144,15 +145,20 @@ def _allocate(
         kv_cache=KvCache(
             config, blocks=kv_blocks, block_tokens=block_tokens, dtype=dtype, device=device
         ),
-        adapters=AdapterPool(
-            nbytes=division.adapter_pool,
-            shapes=config.module_shapes(),
-            dtype=dtype,
-            device=device,
-        ),
+        adapters=_adapter_pool(settings, config, division.adapter_pool, dtype, device),
         history=History(rows=settings.rows, row_tokens=row_tokens, device=device),
         row_tokens=row_tokens,
     )
+
+
+def _adapter_pool(
+    settings: Settings, config: ModelConfig, nbytes: int, dtype: torch.dtype, device: torch.device
+) -> AdapterPool | CudaAdapterPool:
+    if device.type == "cuda":
+        from gpu_worker.build_cuda import cuda_adapter_pool
+
+        return cuda_adapter_pool(settings, config, nbytes, dtype, device)
+    return AdapterPool(nbytes=nbytes, shapes=config.module_shapes(), dtype=dtype, device=device)
 
 
 def _kv_blocks(nbytes: int, config: ModelConfig, dtype: torch.dtype, block_tokens: int) -> int:

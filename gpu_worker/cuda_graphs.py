@@ -16,9 +16,11 @@ from torch import Tensor
 from gpu_worker.batch import HostBatch
 from gpu_worker.device import to_device
 from gpu_worker.history import History
+from gpu_worker.kernels.tiles import make_tiles
 from gpu_worker.pinned import PinnedRing
 from gpu_worker.rows import RowTable
 
+TILES = 4  # where tiles start in their tensor, behind their count
 STEPS_IN_FLIGHT = 2  # of the scheduler; a staging buffer is filled again after so many others
 
 
@@ -29,6 +31,8 @@ class StaticBatch(NamedTuple):
     positions: Tensor  # int64[size], of the token that is fed
     kv_slots: Tensor  # int64[size]
     page_table: Tensor  # int32[rows + 1, blocks], indexed by row
+    tiles: Tensor  # int32[rows, 3], see kernels.tiles
+    tile_count: Tensor  # int32[1]
 
 
 def graph_sizes(rows: int) -> list[int]:
@@ -52,6 +56,7 @@ class DecodeGraphs:
         block_tokens: int,
         rows: int,
         row_blocks: int,
+        tile_height: int,
         device: torch.device,
     ) -> None:
         self._forward = forward
@@ -63,6 +68,11 @@ class DecodeGraphs:
         )
         self._inputs = torch.empty((3 * rows,), dtype=torch.int64, device=device)
         self._staging = PinnedRing(buffers=STEPS_IN_FLIGHT + 1, shape=(3 * rows,), dtype=np.int64)
+        self._tile_height = tile_height
+        self._tiles = torch.zeros((TILES + 3 * rows,), dtype=torch.int32, device=device)
+        self._tile_staging = PinnedRing(
+            buffers=STEPS_IN_FLIGHT + 1, shape=(TILES + 3 * rows,), dtype=np.int32
+        )
         self._sizes = graph_sizes(rows)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
@@ -95,6 +105,8 @@ class DecodeGraphs:
         count = len(host.token_rows)
         size = next(size for size in self._sizes if size >= count)
         self._stage(host.token_rows, np.concatenate((host.positions, host.kv_slots)), size)
+        if host.segments:
+            self._stage_tiles(make_tiles(host.segments, self._tile_height))
         graph, logits = self._graphs[size, bool(host.segments)]
         graph.replay()
         return logits[:count]
@@ -107,7 +119,17 @@ class DecodeGraphs:
 
     def _batch(self, size: int) -> StaticBatch:
         rows, positions, kv_slots = self._inputs[: 3 * size].view(3, size)
-        return StaticBatch(rows, positions, kv_slots, self._page_table)
+        tiles = self._tiles[TILES:].view(-1, 3)
+        return StaticBatch(
+            rows, positions, kv_slots, self._page_table, tiles[:size], self._tiles[:1]
+        )
+
+    def _stage_tiles(self, tiles: NDArray[np.int32]) -> None:
+        staged = self._tile_staging.next()
+        values, end = staged.numpy(), TILES + tiles.size
+        values[0] = len(tiles)
+        values[TILES:end] = tiles.ravel()
+        self._tiles[:end].copy_(staged[:end], non_blocking=True)
 
     def _stage(self, rows: NDArray[np.int64], others: NDArray[np.int64], size: int) -> None:
         """others are the positions of these rows, then their KV slots."""

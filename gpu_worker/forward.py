@@ -11,6 +11,7 @@ from torch import Tensor
 from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.attention import AttentionBackend
 from gpu_worker.batch import HostBatch
+from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.cuda_graphs import DecodeGraphs
 from gpu_worker.device import to_device
 from gpu_worker.history import History
@@ -50,7 +51,7 @@ class EagerForward:
         make_ops: Callable[[Tensor, Tensor], LayerOps],
         attention: AttentionBackend,
         lora: LoraKernels,
-        adapters: AdapterPool,
+        adapters: AdapterPool | CudaAdapterPool,
         device: torch.device,
     ) -> None:
         self._decoder = decoder

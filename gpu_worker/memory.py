@@ -28,7 +28,7 @@ def divide(settings: Settings, *, total: int | None, free: int) -> Division:
     pool, cache = settings.adapter_pool_bytes, settings.kv_cache_bytes
     if total is None:
         return Division(cache or CPU_KV_CACHE_BYTES, pool or CPU_ADAPTER_POOL_BYTES)
-    ours = free - int(total * (1 - settings.gpu_memory_fraction))
+    ours = free - round(total * (1 - settings.gpu_memory_fraction))
     pool = pool or int(max(ours - cache, 0) * settings.adapter_pool_fraction)
     cache = cache or ours - pool
     if cache <= 0 or pool <= 0 or cache + pool > ours:

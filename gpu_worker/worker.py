@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.batch import HostBatch, make_batch
+from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import to_device
 from gpu_worker.figures import Figures
 from gpu_worker.forward import Forward
@@ -80,7 +81,7 @@ class Worker:
         self,
         *,
         forward: Forward,
-        adapters: AdapterPool,
+        adapters: AdapterPool | CudaAdapterPool,
         rows: RowTable,
         history: History,
         figures: Figures,

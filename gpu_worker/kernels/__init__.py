@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from gpu_worker.kernels.segments import Segment
+from gpu_worker.layers.linear import Linear
 
 
 class GroupWeights(NamedTuple):
@@ -33,13 +34,27 @@ class Adapter(NamedTuple):
 class LoraPlan(Protocol):
     """What the kernels have worked out for one step, for all its layers."""
 
-    def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
-        """y += B A x, each token with its own adapter; those of the base model stay as they are.
+    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
+        """linear(x) + B A x, each token with its own adapter, if it has one.
 
-        x  [tokens, in]
-        y  [tokens, sum of the modules' out], the modules of the group side by side; changed
+        x        [tokens, in]
+        returns  [tokens, sum of the modules' out], the modules of the group side by side
         """
         ...
+
+
+class AddingPlan:
+    """A plan that adds to what the base model's product gave."""
+
+    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
+        """See LoraPlan."""
+        y = linear(x)
+        self.add(y, x, layer, group)
+        return y
+
+    def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
+        """y += B A x."""
+        raise NotImplementedError
 
 
 class LoraKernels(Protocol):

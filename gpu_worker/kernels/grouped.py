@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_worker.kernels import Adapter
+from gpu_worker.kernels import Adapter, AddingPlan
 from gpu_worker.kernels.segments import Segment
 from gpu_worker.kernels.stacks import MOST_MODULES, Stack, StackCache
 
@@ -134,7 +134,7 @@ class _Stacked:
         y[self._tokens] += stacked.lora_b(h)
 
 
-class _GroupedPlan:
+class _GroupedPlan(AddingPlan):
     def __init__(self, parts: list[_One | _Stacked]) -> None:
         self._parts = parts
 

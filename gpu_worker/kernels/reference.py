@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from gpu_worker.kernels import Adapter, GroupWeights
+from gpu_worker.kernels import Adapter, AddingPlan, GroupWeights
 from gpu_worker.kernels.segments import Segment
 
 
@@ -40,7 +40,7 @@ class Reference:
         return _ReferencePlan([(s, adapters[s.slot].groups) for s in segments])
 
 
-class _ReferencePlan:
+class _ReferencePlan(AddingPlan):
     def __init__(
         self, segments: list[tuple[Segment, tuple[tuple[GroupWeights, ...], ...]]]
     ) -> None:

@@ -35,10 +35,7 @@ class Pass(NamedTuple):
 
     def linear(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
         """A group of linear layers, with each token's adapter."""
-        y = linear(x)
-        if self.lora is not None:
-            self.lora.add(y, x, layer, group)
-        return y
+        return linear(x) if self.lora is None else self.lora.apply(linear, x, layer, group)
 
 
 class _Layer(NamedTuple):

@@ -55,7 +55,7 @@ def generate(worker: Worker, sampling: Sampling, block_tokens: int) -> list[Row]
 def test_a_gpu_produces_what_a_cpu_does(
     folder: Path, settings: dict[str, object], sampling: Sampling
 ) -> None:
-    exact = generate(make_worker(folder, kv_block_tokens=16), sampling, 16)
+    exact = generate(make_worker(folder, kv_block_tokens=16, kv_cache_bytes=1 << 24), sampling, 16)
     blocks = 16 if settings.get("attention") == "sdpa" else 256
     worker = make_worker(
         folder,

@@ -27,5 +27,5 @@ def test_what_is_set_is_kept_and_the_other_gets_its_share_of_the_rest() -> None:
 @pytest.mark.parametrize("wanted", [{}, {"kv_cache_bytes": 350}, {"adapter_pool_bytes": 60}])
 def test_too_little_memory_is_a_sentence(wanted: dict[str, int]) -> None:
     settings = Settings(gpu_memory_fraction=0.5, **wanted)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="gpu_memory_fraction: .* bytes of the device are left"):
+    with pytest.raises(ConfigError, match=r"gpu_memory_fraction: .* bytes of the device are left"):
         divide(settings, total=1000, free=500 if not wanted else 550)

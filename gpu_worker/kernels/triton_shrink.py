@@ -1,0 +1,119 @@
+"""Shrink: h = A x for all modules of a group, whose As are one matrix.
+
+Each entry (a tile of tokens and a block of its adapter's ranks) is shared by as many programs as
+there are to spare, each with its part of the input features. What they give is summed up by the
+expand kernel, which makes the order of the sum the same in every run; or here, by atomics.
+
+h is fp32, rows of BLOCK_R: entry after entry, in each split after split, in each its tokens.
+"""
+
+import triton
+import triton.language as tl
+
+from gpu_worker.kernels.triton_step import share
+
+
+@triton.jit
+def _inverse_rms(squares, row, valid, K, eps, SQUARES: tl.constexpr, SQUARES_P2: tl.constexpr):
+    """fp32[rows] from the partial sums of squares, fp32[tokens, SQUARES]."""
+    part = tl.arange(0, SQUARES_P2)
+    mask = valid[:, None] & (part < SQUARES)[None, :]
+    partial = tl.load(squares + row[:, None] * SQUARES + part[None, :], mask=mask, other=0.0)
+    return 1.0 / tl.sqrt(tl.sum(partial, axis=1) / K + eps)
+
+
+@triton.jit(do_not_specialize=["record"])
+def shrink_kernel(
+    x,
+    x_stride,
+    table,
+    table_stride,
+    record,
+    entries,
+    entry_count,
+    h,
+    normed,
+    norm_weight,
+    squares,
+    eps,
+    K: tl.constexpr,
+    MODULES: tl.constexpr,
+    NORM: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SQUARES_P2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    ENTRY_SIZE: tl.constexpr,
+    RECORD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """With NORM, x is the residual stream: it is normed on the way, and written to `normed`."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    items = tl.load(entry_count)
+    splits = share(items, PROGRAMS, MOST_SPLITS)
+    part = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    kk = tl.arange(0, BLOCK_K)
+    for item in range(tl.program_id(0), items * splits, tl.num_programs(0)):
+        entry = entries + (item // splits).to(tl.int64) * ENTRY_SIZE
+        split = item % splits
+        first = tl.load(entry)
+        count = tl.load(entry + 1)
+        slot = tl.load(entry + 2)
+        rank_start = tl.load(entry + 3)
+        h_row = tl.load(entry + 4).to(tl.int64)
+
+        place = table + tl.maximum(slot, 0).to(tl.int64) * table_stride + record
+        lora_a = tl.multiple_of(tl.load(place, eviction_policy="evict_last"), 16)
+        last = place + (MODULES - 1) * RECORD
+        ranks = tl.load(last + 2, eviction_policy="evict_last") + tl.load(
+            last + 3, eviction_policy="evict_last"
+        )
+        ranks = tl.where(slot >= 0, ranks, 0).to(tl.int32)
+        in_tile = m < count
+        in_rank = rank_start + r < ranks
+        row = (first + m).to(tl.int64)
+        x_row = x + row * x_stride
+        a_row = lora_a.to(tl.pointer_type(x.dtype.element_ty))
+        a_row = a_row + (rank_start + r).to(tl.int64) * K
+        start = split * part
+        end = tl.minimum(start + part, K)
+        if NORM:
+            scale = _inverse_rms(squares, row, in_tile, K, eps, SQUARES, SQUARES_P2)
+            if (rank_start >= ranks) & (rank_start > 0):
+                end = start
+        else:
+            if rank_start >= ranks:
+                end = start
+        acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        for k in range(0, end - start, BLOCK_K):
+            ks = start + k + kk
+            x_mask = in_tile[:, None]
+            a_mask = in_rank[:, None]
+            if K % BLOCK_K != 0:
+                x_mask = x_mask & (ks < K)[None, :]
+                a_mask = a_mask & (ks < K)[None, :]
+            a = tl.load(
+                a_row[:, None] + ks[None, :], mask=a_mask, other=0.0, eviction_policy="evict_first"
+            )
+            xs = tl.load(x_row[:, None] + ks[None, :], mask=x_mask, other=0.0)
+            if NORM:
+                weight = tl.load(norm_weight + ks, mask=ks < K, other=0.0).to(tl.float32)
+                xs = (xs.to(tl.float32) * scale[:, None] * weight[None, :]).to(xs.dtype)
+                if rank_start == 0:
+                    tl.store(normed + row[:, None] * K + ks[None, :], xs, mask=x_mask)
+            acc = tl.dot(xs, tl.trans(a), acc, input_precision="ieee")
+        mask = in_tile[:, None] & in_rank[None, :]
+        if ATOMIC:
+            target = h + (h_row + m)[:, None] * BLOCK_R + r[None, :]
+            tl.atomic_add(target, acc, mask=mask, sem="relaxed")
+        else:
+            h_first = h_row * splits + split * count
+            tl.store(h + (h_first + m)[:, None] * BLOCK_R + r[None, :], acc, mask=mask)
