@@ -9,7 +9,7 @@ import triton.language as tl
 
 from gpu_worker.kernels.triton_step import share
 
-WIDE = 64  # ranks at once where there are more than 16
+WIDE = 32  # ranks at once where there are more than 16
 
 
 @triton.jit
@@ -17,7 +17,8 @@ def _shrunk(
     h, h_row, count, splits, rows, ranks, wanted, BLOCK_R: tl.constexpr, MOST_SPLITS: tl.constexpr
 ):
     """fp32[rows, ranks] of a tile whose h starts after h_row rows; `ranks` as they are stacked."""
-    block_row = (h_row + (ranks // BLOCK_R).to(tl.int64) * count) * splits
+    h += h_row * splits * BLOCK_R
+    block_row = ranks // BLOCK_R * (count * splits)
     place = (block_row[None, :] + rows[:, None]) * BLOCK_R + (ranks % BLOCK_R)[None, :]
     mask = (rows < count)[:, None] & wanted[None, :]
     if MOST_SPLITS == 1:
@@ -83,11 +84,11 @@ def _expanded(
     A rank that is a multiple of 8 is written as (rank // 8) * 8, from which the compiler sees that
     whole vectors can be loaded.
     """
-    address = tl.multiple_of(tl.load(record + 1, eviction_policy="evict_last"), 16)
+    address = tl.load(record + 1, eviction_policy="evict_last")
     rank = tl.load(record + 2, eviction_policy="evict_last").to(tl.int32)
     start = tl.load(record + 3, eviction_policy="evict_last").to(tl.int32)
     rank = tl.where(slot >= 0, rank, 0)
-    lora_b = address.to(tl.pointer_type(like.dtype.element_ty))
+    lora_b = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if rank > 0:
         eights = (rank // 8) * 8

@@ -71,7 +71,7 @@ def shrink_kernel(
         h_row = tl.load(entry + 4).to(tl.int64)
 
         place = table + tl.maximum(slot, 0).to(tl.int64) * table_stride + record
-        lora_a = tl.multiple_of(tl.load(place, eviction_policy="evict_last"), 16)
+        lora_a = tl.load(place, eviction_policy="evict_last")
         last = place + (MODULES - 1) * RECORD
         ranks = tl.load(last + 2, eviction_policy="evict_last") + tl.load(
             last + 3, eviction_policy="evict_last"
@@ -81,8 +81,8 @@ def shrink_kernel(
         in_rank = rank_start + r < ranks
         row = (first + m).to(tl.int64)
         x_row = x + row * x_stride
-        a_row = lora_a.to(tl.pointer_type(x.dtype.element_ty))
-        a_row = a_row + (rank_start + r).to(tl.int64) * K
+        a_row = tl.multiple_of(lora_a.to(tl.pointer_type(x.dtype.element_ty)), 16)
+        a_row += (rank_start + r).to(tl.int64) * K
         start = split * part
         end = tl.minimum(start + part, K)
         if NORM:
