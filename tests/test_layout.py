@@ -17,7 +17,7 @@ ALLOWED = {
     "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
     "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
     "scheduler": {"msgspec", "prometheus_client"},
-    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "safetensors"},
+    "gpu_worker": {"msgspec", "prometheus_client", "numpy", "torch", "triton", "safetensors"},
     "adapter_loader": {
         "gguf",
         "huggingface_hub",

@@ -103,5 +103,3 @@ class _Sizes:
         offsets = np.empty_like(ends)
         offsets[:, self._order] = ends - taken
         return offsets
-
-

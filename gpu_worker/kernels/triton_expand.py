@@ -55,9 +55,7 @@ def _add_ranks(
         other=0.0,
         eviction_policy="evict_first",
     )
-    shrunk = _shrunk(
-        h, h_row, count, splits, rows, start + r, r < rank, BLOCK_R, MOST_SPLITS
-    )
+    shrunk = _shrunk(h, h_row, count, splits, rows, start + r, r < rank, BLOCK_R, MOST_SPLITS)
     return tl.dot(shrunk.to(b.dtype), tl.trans(b), acc, input_precision="ieee")
 
 

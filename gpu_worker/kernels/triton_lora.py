@@ -86,7 +86,7 @@ class TritonLora:
         self._table = tables.table
         self._in = [shapes[group[0]].in_features for group in GROUPS]
         self._outs = [[shapes[module].out_features for module in group] for group in GROUPS]
-        blocks = triton.cdiv(max(map(len, GROUPS)) * max_rank, tuning.rank_block)
+        blocks = -(-max(map(len, GROUPS)) * max_rank // tuning.rank_block)
         bound = most_tiles(tokens, tuning.tile_height, sequences)
         self._buffers = PlanBuffers(
             most_tiles=bound, most_entries=bound * blocks, device=self._table.device
@@ -95,7 +95,7 @@ class TritonLora:
         h_rows = max(tokens * blocks, shared)
         buffers = layers * len(GROUPS) if tuning.atomic else 2
         self._h = torch.zeros((buffers, h_rows, tuning.rank_block), device=self._table.device)
-        self._h_of = list(self._h)
+        self._h_of: list[Tensor] = list(self._h)
 
     def prepare(self, tiles: Tensor, tile_count: Tensor) -> StepTables:
         """Work out the tables of a step, before its first layer.
@@ -153,7 +153,7 @@ class TritonLora:
 
     def square_parts(self, group: int) -> int:
         """Parts into which expand_residual cuts a row of the residual."""
-        return triton.cdiv(self._outs[group][0], self.tuning.out_block)
+        return -(-self._outs[group][0] // self.tuning.out_block)
 
     def expand_silu(self, gate_up: Tensor, act: Tensor, step: StepTables, layer: int) -> None:
         """act = silu(gate + its B h) * (up + its B h). All tokens must have tiles.

@@ -38,9 +38,7 @@ class PlanBuffers:
 
     def __init__(self, *, most_tiles: int, most_entries: int, device: torch.device) -> None:
         self.most_tiles = -(-most_tiles // ALIGNED) * ALIGNED
-        self.entries = torch.zeros(
-            (GROUPS, most_entries, ENTRY), dtype=torch.int32, device=device
-        )
+        self.entries = torch.zeros((GROUPS, most_entries, ENTRY), dtype=torch.int32, device=device)
         self.entry_counts = torch.zeros((GROUPS, ALIGNED), dtype=torch.int32, device=device)
         self.h_rows = torch.zeros((GROUPS, self.most_tiles), dtype=torch.int32, device=device)
         self._groups = [
@@ -48,9 +46,7 @@ class PlanBuffers:
             for group in range(GROUPS)
         ]
 
-    def plan(
-        self, tiles: Tensor, tile_count: Tensor, table: Tensor, rank_block: int
-    ) -> StepTables:
+    def plan(self, tiles: Tensor, tile_count: Tensor, table: Tensor, rank_block: int) -> StepTables:
         """tiles has at most most_tiles rows; table is of AdapterTables."""
         bound = max(min(len(tiles), self.most_tiles), 1)
         plan_kernel[(bound, GROUPS)](

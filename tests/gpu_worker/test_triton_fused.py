@@ -14,7 +14,7 @@ from tests.gpu_worker.test_triton_lora import DEVICE, SMALL, TOLERANCE, Case, as
 RANKS = [[8] * 7, [16, 0, 3, 40, 0, 24, 1], [0] * 7]
 RUNS = [(0, 1), (-1, 2), (1, 18), (2, 3), (-1, 1), (0, 1)]
 TUNINGS = [SMALL, SMALL._replace(atomic=True)]
-HEADS, KV_HEADS, HEAD_DIM = 4, 1, 16
+HEADS, KV_HEADS = 4, 1
 
 
 @pytest.mark.parametrize("tuning", TUNINGS, ids=["partial sums", "atomic"])
@@ -64,7 +64,6 @@ def test_expand_and_residual_then_norm_and_shrink(group: int, dtype: torch.dtype
 @pytest.mark.parametrize("head_dim", [16, 24])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_expand_and_rotary_and_cache(head_dim: int, dtype: torch.dtype) -> None:
-    shapes = make_shapes(hidden=64)
     hidden = HEADS * head_dim
     shapes = make_shapes(hidden=hidden, kv=KV_HEADS * head_dim)
     case = Case(RANKS, RUNS, dtype=dtype, shapes=shapes)
