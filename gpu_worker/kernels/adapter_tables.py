@@ -41,6 +41,7 @@ class AdapterTables:
                     f"a row of {shape.in_features} elements of {dtype} is not a multiple of "
                     f"{ALIGNMENT} bytes: the As of a group are not one matrix"
                 )
+        self.dtype = dtype
         self._layers = layers
         self._sizes = _Sizes(shapes, dtype.itemsize)
         self.table = torch.zeros((slots, self.row_elements(layers)), dtype=torch.int64).to(device)

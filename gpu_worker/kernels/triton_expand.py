@@ -1,146 +1,74 @@
-"""Expand: y += B h for all modules of a group, alone or with what follows it in the model.
-
-Each tile is shared by as many programs as there are to spare, each with a strip of neighbouring
-blocks of outputs. A block belongs to one module; it loops over the ranks of its adapter there.
-"""
+"""Expand: y += B h for all modules of a group, alone or with the residual add."""
 
 import triton
 import triton.language as tl
 
+from gpu_worker.kernels.triton_expand_parts import (
+    class_of,
+    expanded,
+    in_class,
+    module_of,
+    strip_of,
+    whole_x,
+)
 from gpu_worker.kernels.triton_step import share
 
-WIDE = 64  # ranks at once where there are more than 16
+SQUARED = 32  # outputs whose squares are summed up
 
 
 @triton.jit
-def _shrunk(
-    h, h_row, count, splits, rows, ranks, wanted, BLOCK_R: tl.constexpr, MOST_SPLITS: tl.constexpr
-):
-    """fp32[rows, ranks] of a tile whose h starts after h_row rows; `ranks` as they are stacked."""
-    block_row = (h_row + (ranks // BLOCK_R).to(tl.int64) * count) * splits
-    place = (block_row[None, :] + rows[:, None]) * BLOCK_R + (ranks % BLOCK_R)[None, :]
-    mask = (rows < count)[:, None] & wanted[None, :]
-    if MOST_SPLITS == 1:
-        total = tl.load(h + place, mask=mask, other=0.0)
-    else:
-        split = tl.arange(0, MOST_SPLITS)
-        place = place[None, :, :] + (split * count * BLOCK_R)[:, None, None]
-        mask = mask[None, :, :] & (split < splits)[:, None, None]
-        total = tl.sum(tl.load(h + place, mask=mask, other=0.0), axis=0)
-    return total
-
-
-@triton.jit
-def _add_ranks(
-    acc,
-    h,
-    h_row,
-    count,
-    splits,
-    rows,
-    start,
-    rank,
-    r,
-    lora_b,
-    outs,
-    in_module,
-    BLOCK_R: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-):
-    """acc [rows, outs] += B h for the ranks r of a module whose ranks start at `start`."""
-    b = tl.load(
-        lora_b + outs[:, None].to(tl.int64) * rank + r[None, :],
-        mask=in_module[:, None] & (r < rank)[None, :],
-        other=0.0,
-        eviction_policy="evict_first",
-    )
-    shrunk = _shrunk(h, h_row, count, splits, rows, start + r, r < rank, BLOCK_R, MOST_SPLITS)
-    return tl.dot(shrunk.to(b.dtype), tl.trans(b), acc, input_precision="ieee")
-
-
-@triton.jit
-def _expanded(
-    h,
-    h_row,
-    count,
-    splits,
-    rows,
-    record,
-    slot,
-    outs,
-    in_module,
-    like,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    WIDE_R: tl.constexpr,
-):
-    """fp32[BLOCK_M, BLOCK_N]: B h for outputs `outs` of the module with this record.
-
-    A rank that is a multiple of 8 is written as (rank // 8) * 8, from which the compiler sees that
-    whole vectors can be loaded.
-    """
-    address = tl.multiple_of(tl.load(record + 1, eviction_policy="evict_last"), 16)
-    rank = tl.load(record + 2, eviction_policy="evict_last").to(tl.int32)
-    start = tl.load(record + 3, eviction_policy="evict_last").to(tl.int32)
-    rank = tl.where(slot >= 0, rank, 0)
-    lora_b = address.to(tl.pointer_type(like.dtype.element_ty))
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if rank > 0:
-        eights = (rank // 8) * 8
-        if eights != rank:
-            for first in range(0, rank, 16):
-                acc = _add_ranks(
-                    acc, h, h_row, count, splits, rows, start, rank, first + tl.arange(0, 16),
-                    lora_b, outs, in_module, BLOCK_R, MOST_SPLITS,
-                )  # fmt: skip
-        elif eights <= 16:
-            acc = _add_ranks(
-                acc, h, h_row, count, splits, rows, start, eights, tl.arange(0, 16),
-                lora_b, outs, in_module, BLOCK_R, MOST_SPLITS,
-            )  # fmt: skip
+def _strip_of_module(
+    y_row, residual_row, squares_row, valid, h, h_row, count, start, rank, lora_b,
+    out, column, block_start, block_end,
+    RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    SQUARED_N: tl.constexpr, CLASS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The blocks of one module, for a class of ranks. Rows are pointers [BLOCK_M] to tokens."""
+    parts: tl.constexpr = 1 if CLASS == 0 else 2  # of a block, so that B's has bounded size
+    PART_N: tl.constexpr = BLOCK_N // parts
+    rank = in_class(rank, CLASS)
+    x = whole_x(h, h_row, count, start, rank, lora_b, BLOCK_M, BLOCK_R, CLASS)
+    cols = tl.arange(0, PART_N)
+    for block in tl.range(block_start * parts, block_end * parts, num_stages=STAGES):
+        outs = block * PART_N + cols
+        mask = valid[:, None]
+        if not EVEN:
+            mask = mask & (outs < out)[None, :]
+        y_block = y_row[:, None] + (column + outs)[None, :]
+        before = tl.load(y_block, mask=mask, other=0.0)
+        total = before.to(tl.float32)
+        if RESIDUAL:
+            residual_block = residual_row[:, None] + outs[None, :]
+            total += tl.load(residual_block, mask=mask, other=0.0).to(tl.float32)
+        acc = tl.zeros((BLOCK_M, PART_N), tl.float32)
+        total += expanded(
+            acc, x, h, h_row, count, start, rank, lora_b, outs, out, BLOCK_M, BLOCK_R, CLASS, EVEN
+        )
+        if RESIDUAL:
+            rounded = total.to(before.dtype)
+            tl.store(residual_block, rounded, mask=mask)
+            squared = rounded.to(tl.float32) * rounded.to(tl.float32)
+            sums: tl.constexpr = PART_N // SQUARED_N
+            squared = tl.sum(tl.reshape(squared, (BLOCK_M, sums, SQUARED_N)), axis=2)
+            number = block * sums + tl.arange(0, sums)
+            squared_mask = valid[:, None] & (number * SQUARED_N < out)[None, :]
+            tl.store(squares_row[:, None] + number[None, :], squared, mask=squared_mask)
         else:
-            for first in range(0, eights, WIDE_R):
-                acc = _add_ranks(
-                    acc, h, h_row, count, splits, rows, start, eights,
-                    first + tl.arange(0, WIDE_R), lora_b, outs, in_module, BLOCK_R, MOST_SPLITS,
-                )  # fmt: skip
-    return acc
+            tl.store(y_block, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["record"])
 def expand_kernel(
-    y,
-    y_stride,
-    table,
-    table_stride,
-    record,
-    tiles,
-    tile_count,
-    h_rows,
-    entry_count,
-    h,
-    residual,
-    squares,
-    OUT_0: tl.constexpr,
-    OUT_1: tl.constexpr,
-    OUT_2: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    WIDE_R: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    SHRINK_PROGRAMS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    RECORD: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    y, y_stride, table, table_stride, record, tiles, tile_count, h_rows, h, residual, squares,
+    OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, MODULES: tl.constexpr,
+    RESIDUAL: tl.constexpr, SQUARED_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y += B h; or with RESIDUAL (and one module) residual += y + B h, and its squares.
 
     residual  [tokens, OUT_0], contiguous
-    squares   fp32[tokens, blocks of outputs]: the sum of squares of each block of the new residual
+    squares   fp32[tokens, OUT_0 / SQUARED_N]: the sums of squares of parts of the new residual
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -149,116 +77,56 @@ def expand_kernel(
     blocks_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
     blocks_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = blocks_0 + blocks_1 + blocks_2
+    even: tl.constexpr = (OUT_0 % BLOCK_N == 0) & (OUT_1 % BLOCK_N == 0) & (OUT_2 % BLOCK_N == 0)
+    sums: tl.constexpr = (OUT_0 + SQUARED_N - 1) // SQUARED_N
     n = tl.load(tile_count)
-    splits = share(tl.load(entry_count), SHRINK_PROGRAMS, MOST_SPLITS)
     strips = share(n, PROGRAMS, blocks)
     of_strip = tl.cdiv(blocks, strips)
     rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
     for item in range(tl.program_id(0), n * strips, tl.num_programs(0)):
-        tile = item // strips
-        strip = item % strips
-        first = tl.load(tiles + tile * 3)
-        count = tl.load(tiles + tile * 3 + 1)
-        slot = tl.load(tiles + tile * 3 + 2)
-        h_row = tl.load(h_rows + tile).to(tl.int64)
-        place = table + tl.maximum(slot, 0).to(tl.int64) * table_stride + record
-        token = (first + rows).to(tl.int64)
-        start = strip * of_strip
-        of_item = tl.minimum(of_strip, blocks - start)
-        if not RESIDUAL:
-            of_item = tl.where(slot < 0, 0, of_item)
-        for index in range(of_item):
-            block = start + index
-            in_1 = (block >= blocks_0).to(tl.int32)
-            in_2 = (block >= blocks_0 + blocks_1).to(tl.int32)
-            module_block = block - in_1 * blocks_0 - in_2 * blocks_1
+        strip, first, count, slot, h_row, place = strip_of(
+            item, tiles, h_rows, table, table_stride, record, strips, of_strip
+        )
+        token = first + rows
+        valid = rows < count
+        y_row = y + token * y_stride
+        residual_row = residual + token * OUT_0
+        squares_row = squares + token * sums
+        for module in range(MODULES):
+            in_1 = tl.minimum(module, 1)
+            in_2 = tl.maximum(module - 1, 0)
             out = OUT_0 + in_1 * (OUT_1 - OUT_0) + in_2 * (OUT_2 - OUT_1)
-            outs = module_block * BLOCK_N + cols
-            in_module = outs < out
-            column = in_1 * OUT_0 + in_2 * OUT_1 + outs
-            mask = (rows < count)[:, None] & in_module[None, :]
-            y_block = y + token[:, None] * y_stride + column[None, :]
-            before = tl.load(y_block, mask=mask, other=0.0)
-            if RESIDUAL:
-                residual_block = residual + token[:, None] * OUT_0 + column[None, :]
-                added_to = tl.load(residual_block, mask=mask, other=0.0)
-            added = _expanded(
-                h, h_row, count, splits, rows, place + (in_1 + in_2) * RECORD, slot, outs,
-                in_module, y, BLOCK_M, BLOCK_N, BLOCK_R, MOST_SPLITS, WIDE_R,
-            )  # fmt: skip
-            total = before.to(tl.float32) + added
-            if RESIDUAL:
-                total = (total + added_to.to(tl.float32)).to(y.dtype.element_ty)
-                tl.store(residual_block, total, mask=mask)
-                total = total.to(tl.float32)
-                of_row = tl.sum(total * total, axis=1)
-                tl.store(squares + token * blocks + block, of_row, mask=rows < count)
-            else:
-                tl.store(y_block, total, mask=mask)
-
-
-@triton.jit(do_not_specialize=["record"])
-def expand_silu_kernel(
-    gate_up,
-    gate_up_stride,
-    act,
-    table,
-    table_stride,
-    record,
-    tiles,
-    tile_count,
-    h_rows,
-    entry_count,
-    h,
-    OUT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    WIDE_R: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    SHRINK_PROGRAMS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    RECORD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """act = silu(gate + B_gate h) * (up + B_up h); gate_up [tokens, 2 * OUT], act [tokens, OUT]."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
-    n = tl.load(tile_count)
-    splits = share(tl.load(entry_count), SHRINK_PROGRAMS, MOST_SPLITS)
-    strips = share(n, PROGRAMS, blocks)
-    of_strip = tl.cdiv(blocks, strips)
-    rows = tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_N)
-    for item in range(tl.program_id(0), n * strips, tl.num_programs(0)):
-        tile = item // strips
-        strip = item % strips
-        first = tl.load(tiles + tile * 3)
-        count = tl.load(tiles + tile * 3 + 1)
-        slot = tl.load(tiles + tile * 3 + 2)
-        h_row = tl.load(h_rows + tile).to(tl.int64)
-        place = table + tl.maximum(slot, 0).to(tl.int64) * table_stride + record
-        token = (first + rows).to(tl.int64)
-        start = strip * of_strip
-        of_item = tl.minimum(of_strip, blocks - start)
-        for index in range(of_item):
-            block = start + index
-            outs = block * BLOCK_N + cols
-            in_module = outs < OUT
-            mask = (rows < count)[:, None] & in_module[None, :]
-            gate_block = gate_up + token[:, None] * gate_up_stride + outs[None, :]
-            gate = tl.load(gate_block, mask=mask, other=0.0).to(tl.float32)
-            up = tl.load(gate_block + OUT, mask=mask, other=0.0).to(tl.float32)
-            gate += _expanded(
-                h, h_row, count, splits, rows, place, slot, outs, in_module, act,
-                BLOCK_M, BLOCK_N, BLOCK_R, MOST_SPLITS, WIDE_R,
-            )  # fmt: skip
-            up += _expanded(
-                h, h_row, count, splits, rows, place + RECORD, slot, outs, in_module, act,
-                BLOCK_M, BLOCK_N, BLOCK_R, MOST_SPLITS, WIDE_R,
-            )  # fmt: skip
-            value = gate / (1.0 + tl.exp(-gate)) * up
-            tl.store(act + token[:, None] * OUT + outs[None, :], value, mask=mask)
+            column = in_1 * OUT_0 + in_2 * OUT_1
+            before_module = in_1 * blocks_0 + in_2 * blocks_1
+            of_module = blocks_0 + in_1 * (blocks_1 - blocks_0) + in_2 * (blocks_2 - blocks_1)
+            start = tl.maximum(strip - before_module, 0)
+            end = tl.minimum(strip + of_strip - before_module, of_module)
+            if start < end:
+                lora_b, rank, rank_start = module_of(place + module * RECORD, slot, y)
+                if not RESIDUAL:
+                    end = tl.where(rank == 0, start, end)
+                which = class_of(rank)
+                if which == 0:
+                    _strip_of_module(
+                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
+                        rank, lora_b, out, column, start, end,
+                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 0, even, STAGES,
+                    )  # fmt: skip
+                elif which == 1:
+                    _strip_of_module(
+                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
+                        rank, lora_b, out, column, start, end,
+                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 1, even, STAGES,
+                    )  # fmt: skip
+                elif which == 2:
+                    _strip_of_module(
+                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
+                        rank, lora_b, out, column, start, end,
+                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 2, even, 1,
+                    )  # fmt: skip
+                else:
+                    _strip_of_module(
+                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
+                        rank, lora_b, out, column, start, end,
+                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 3, even, 1,
+                    )  # fmt: skip

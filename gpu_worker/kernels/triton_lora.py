@@ -13,12 +13,14 @@ from torch import Tensor
 
 from gpu_worker.kernels.adapter_tables import RECORD, AdapterTables
 from gpu_worker.kernels.tiles import most_tiles
-from gpu_worker.kernels.triton_expand import WIDE, expand_kernel, expand_silu_kernel
+from gpu_worker.kernels.triton_expand import SQUARED, expand_kernel
 from gpu_worker.kernels.triton_expand_rotary import expand_rotary_kernel
+from gpu_worker.kernels.triton_expand_silu import expand_silu_kernel
 from gpu_worker.kernels.triton_shrink import shrink_kernel
 from gpu_worker.kernels.triton_step import ENTRY, PlanBuffers, StepTables
 from pipeline.adapter_layout import GROUPS, MAX_RANK, ModuleShape
 
+WIDE_STAGES = 2  # of the loops over large ranks
 QKV, OUT, GATE_UP, DOWN = range(len(GROUPS))
 
 
@@ -27,6 +29,7 @@ class Tuning(NamedTuple):
 
     tile_height  tokens of a tile: a power of two, at least 16
     rank_block   ranks of an entry: a power of two, at least 16
+    out_block    outputs of a block: a power of two, at least 64
     splits       the most parts into which the input features of an entry are cut
     atomic       add the parts up by atomics, in an h of its own per layer, zeroed once per step
     pdl          programmatic dependent launch: a kernel's launch overlaps its predecessor's end
@@ -43,7 +46,6 @@ class Tuning(NamedTuple):
     expand_programs: int = 132 * 12
     expand_warps: int = 4
     expand_stages: int = 2
-    wide_ranks: int = WIDE
     atomic: bool = False
     pdl: bool = False
 
@@ -86,16 +88,21 @@ class TritonLora:
         self._table = tables.table
         self._in = [shapes[group[0]].in_features for group in GROUPS]
         self._outs = [[shapes[module].out_features for module in group] for group in GROUPS]
-        blocks = triton.cdiv(max(map(len, GROUPS)) * max_rank, tuning.rank_block)
+        blocks = -(-max(map(len, GROUPS)) * max_rank // tuning.rank_block)
         bound = most_tiles(tokens, tuning.tile_height, sequences)
         self._buffers = PlanBuffers(
             most_tiles=bound, most_entries=bound * blocks, device=self._table.device
         )
-        shared = 0 if tuning.atomic else tuning.shrink_programs * tuning.tile_height
-        h_rows = max(tokens * blocks, shared)
+        device = self._table.device
+        dtype = torch.float32 if tuning.atomic else tables.dtype
         buffers = layers * len(GROUPS) if tuning.atomic else 2
-        self._h = torch.zeros((buffers, h_rows, tuning.rank_block), device=self._table.device)
-        self._h_of = list(self._h)
+        self._h = torch.zeros(
+            (buffers, tokens * blocks, tuning.rank_block), dtype=dtype, device=device
+        )
+        self._h_of: list[Tensor] = list(self._h)
+        split = tuning.shrink_programs * tuning.tile_height
+        self._parts = torch.empty((2, split, tuning.rank_block), device=device)
+        self._arrivals = torch.zeros((2, tuning.shrink_programs), dtype=torch.int32, device=device)
 
     def prepare(self, tiles: Tensor, tile_count: Tensor) -> StepTables:
         """Work out the tables of a step, before its first layer.
@@ -153,7 +160,7 @@ class TritonLora:
 
     def square_parts(self, group: int) -> int:
         """Parts into which expand_residual cuts a row of the residual."""
-        return triton.cdiv(self._outs[group][0], self.tuning.out_block)
+        return -(-self._outs[group][0] // SQUARED)
 
     def expand_silu(self, gate_up: Tensor, act: Tensor, step: StepTables, layer: int) -> None:
         """act = silu(gate + its B h) * (up + its B h). All tokens must have tiles.
@@ -206,7 +213,6 @@ class TritonLora:
             *self._step(step, layer, QKV),
             HEADS=self._outs[QKV][0] // head_dim,
             KV_HEADS=kv_heads,
-            HEAD_DIM=head_dim,
             HALF=head_dim // 2,
             HALF_P2=triton.next_power_of_2(head_dim // 2),
             BLOCK_TOKENS=block_tokens,
@@ -237,6 +243,8 @@ class TritonLora:
             step.groups[group].entries,
             step.groups[group].entry_count,
             self._h_at(layer, group),
+            self._parts[group % 2],
+            self._arrivals[group % 2],
             normed,
             weight,
             squares,
@@ -248,7 +256,7 @@ class TritonLora:
             SQUARES_P2=triton.next_power_of_2(parts),
             BLOCK_M=tuning.tile_height,
             BLOCK_R=tuning.rank_block,
-            BLOCK_K=tuning.k_block,
+            BLOCK_K=tuning.k_block // 2 if norm else tuning.k_block,  # normed in registers
             MOST_SPLITS=tuning.splits,
             PROGRAMS=tuning.shrink_programs,
             ATOMIC=tuning.atomic,
@@ -282,7 +290,9 @@ class TritonLora:
             OUT_0=outs[0],
             OUT_1=outs[1],
             OUT_2=outs[2],
+            MODULES=len(self._outs[group]),
             RESIDUAL=residual_added,
+            SQUARED_N=SQUARED,
             BLOCK_N=tuning.out_block,
             **self._expand_constants(),
         )
@@ -296,7 +306,6 @@ class TritonLora:
             step.tiles,
             step.tile_count,
             step.groups[group].h_rows,
-            step.groups[group].entry_count,
             self._h_at(layer, group),
         )
 
@@ -305,14 +314,12 @@ class TritonLora:
         return {
             "BLOCK_M": tuning.tile_height,
             "BLOCK_R": tuning.rank_block,
-            "WIDE_R": tuning.wide_ranks,
-            "MOST_SPLITS": 1 if tuning.atomic else tuning.splits,
-            "SHRINK_PROGRAMS": tuning.shrink_programs,
             "PROGRAMS": tuning.expand_programs,
+            "STAGES": tuning.expand_stages,
             "RECORD": RECORD,
             "PDL": tuning.pdl,
             "num_warps": tuning.expand_warps,
-            "num_stages": tuning.expand_stages,
+            "num_stages": WIDE_STAGES,
             **self._launch(),
         }
 

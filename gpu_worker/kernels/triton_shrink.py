@@ -1,10 +1,13 @@
 """Shrink: h = A x for all modules of a group, whose As are one matrix.
 
 Each entry (a tile of tokens and a block of its adapter's ranks) is shared by as many programs as
-there are to spare, each with its part of the input features. What they give is summed up by the
-expand kernel, which makes the order of the sum the same in every run; or here, by atomics.
+there are to spare, each with its part of the input features. The program that is done last sums up
+what the others left in `parts`, always in the same order. The other way, by atomics, needs an h
+that is zero, and its last bits differ from run to run.
 
-h is fp32, rows of BLOCK_R: entry after entry, in each split after split, in each its tokens.
+h has rows of BLOCK_R: entry after entry, in each its tokens; in the compute dtype, for the expand
+kernel's tensor cores (fp32 for atomics). `parts` is the same in fp32, with an entry's parts in a
+row.
 """
 
 import triton
@@ -22,36 +25,40 @@ def _inverse_rms(squares, row, valid, K, eps, SQUARES: tl.constexpr, SQUARES_P2:
     return 1.0 / tl.sqrt(tl.sum(partial, axis=1) / K + eps)
 
 
+@triton.jit
+def _combine(
+    acc, h_block, parts, arrivals, h_row, split, splits, count, place, mask,
+    BLOCK_R: tl.constexpr, MOST_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Leave this program's part; if all are there, h is their sum."""
+    parts += h_row * splits * BLOCK_R
+    of_split = count * BLOCK_R
+    tl.store(parts + split * of_split + place, acc, mask=mask)
+    tl.debug_barrier()  # the whole program's stores, before one thread says that they are done
+    if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1:
+        total = tl.load(parts + place, mask=mask, other=0.0, cache_modifier=".cg")
+        for other in tl.static_range(1, MOST_SPLITS):
+            present = mask & (other < splits)
+            total += tl.load(
+                parts + other * of_split + place, mask=present, other=0.0, cache_modifier=".cg"
+            )
+        tl.store(h_block, total, mask=mask)
+        tl.store(arrivals, 0)
+
+
 @triton.jit(do_not_specialize=["record"])
 def shrink_kernel(
-    x,
-    x_stride,
-    table,
-    table_stride,
-    record,
-    entries,
-    entry_count,
-    h,
-    normed,
-    norm_weight,
-    squares,
-    eps,
-    K: tl.constexpr,
-    MODULES: tl.constexpr,
-    NORM: tl.constexpr,
-    SQUARES: tl.constexpr,
-    SQUARES_P2: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    ENTRY_SIZE: tl.constexpr,
-    RECORD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """With NORM, x is the residual stream: it is normed on the way, and written to `normed`."""
+    x, x_stride, table, table_stride, record, entries, entry_count, h, parts, arrivals,
+    normed, norm_weight, squares, eps,
+    K: tl.constexpr, MODULES: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
+    SQUARES_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, MOST_SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
+    ATOMIC: tl.constexpr, ENTRY_SIZE: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """With NORM, x is the residual stream: it is normed on the way, and written to `normed`.
+
+    arrivals  int32 per entry, all 0 before and after
+    """
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -71,7 +78,7 @@ def shrink_kernel(
         h_row = tl.load(entry + 4).to(tl.int64)
 
         place = table + tl.maximum(slot, 0).to(tl.int64) * table_stride + record
-        lora_a = tl.multiple_of(tl.load(place, eviction_policy="evict_last"), 16)
+        lora_a = tl.load(place, eviction_policy="evict_last")
         last = place + (MODULES - 1) * RECORD
         ranks = tl.load(last + 2, eviction_policy="evict_last") + tl.load(
             last + 3, eviction_policy="evict_last"
@@ -81,8 +88,8 @@ def shrink_kernel(
         in_rank = rank_start + r < ranks
         row = (first + m).to(tl.int64)
         x_row = x + row * x_stride
-        a_row = lora_a.to(tl.pointer_type(x.dtype.element_ty))
-        a_row = a_row + (rank_start + r).to(tl.int64) * K
+        a_row = tl.multiple_of(lora_a.to(tl.pointer_type(x.dtype.element_ty)), 16)
+        a_row += (rank_start + r).to(tl.int64) * K
         start = split * part
         end = tl.minimum(start + part, K)
         if NORM:
@@ -110,10 +117,15 @@ def shrink_kernel(
                 if rank_start == 0:
                     tl.store(normed + row[:, None] * K + ks[None, :], xs, mask=x_mask)
             acc = tl.dot(xs, tl.trans(a), acc, input_precision="ieee")
+        in_block = m[:, None] * BLOCK_R + r[None, :]
+        h_block = h + h_row * BLOCK_R + in_block
         mask = in_tile[:, None] & in_rank[None, :]
         if ATOMIC:
-            target = h + (h_row + m)[:, None] * BLOCK_R + r[None, :]
-            tl.atomic_add(target, acc, mask=mask, sem="relaxed")
-        else:
-            h_first = h_row * splits + split * count
-            tl.store(h + (h_first + m)[:, None] * BLOCK_R + r[None, :], acc, mask=mask)
+            tl.atomic_add(h_block, acc, mask=mask, sem="relaxed")
+        elif splits == 1:
+            tl.store(h_block, acc, mask=mask)
+        elif rank_start < ranks:
+            _combine(
+                acc, h_block, parts, arrivals + item // splits, h_row, split, splits, count,
+                in_block, mask, BLOCK_R, MOST_SPLITS,
+            )  # fmt: skip

@@ -14,16 +14,18 @@ from gpu_worker.kernels.segments import Segment
 from gpu_worker.kernels.tiles import make_tiles
 from gpu_worker.kernels.triton_lora import QKV, TritonLora, Tuning
 from gpu_worker.kernels.triton_step import StepTables
-from pipeline.adapter_layout import GROUPS, MODULES, ModuleShape
+from pipeline.adapter_layout import GROUPS, ModuleShape
 from tests.gpu_worker import interpreter  # noqa: F401
 from tests.gpu_worker.lora import make_pool, make_shapes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = Tuning(
-    k_block=32, splits=4, shrink_programs=12, out_block=32, expand_programs=10, wide_ranks=32
+    k_block=32, splits=4, shrink_programs=12, out_block=64, expand_programs=10
 )
 LAYERS = 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
+if torch.cuda.is_available():  # the interpreter's dot of bf16 is not right
+    TOLERANCE[torch.bfloat16] = 3e-2
 
 
 class Case:
@@ -200,9 +202,3 @@ def test_an_adapter_that_overflows_stays_with_its_own_tokens() -> None:
     case.lora.expand(y, tables, 1, QKV)
     assert_close(y.cpu()[[0, 1, 4]], expected[[0, 1, 4]])
     assert not y[2:4].isfinite().all()
-
-
-def test_tables_are_for_as_that_follow_each_other() -> None:
-    shapes = tuple(ModuleShape(8, 9) for _ in MODULES)
-    with pytest.raises(ValueError, match="not one matrix"):
-        AdapterTables(shapes=shapes, layers=1, slots=1, dtype=torch.float32, device=DEVICE)
