@@ -19,9 +19,7 @@ from tests.gpu_worker import interpreter  # noqa: F401
 from tests.gpu_worker.lora import make_pool, make_shapes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = Tuning(
-    k_block=32, splits=4, shrink_programs=12, out_block=64, expand_programs=10
-)
+SMALL = Tuning(k_block=32, splits=4, shrink_programs=12, out_block=64, expand_programs=10)
 LAYERS = 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():  # the interpreter's dot of bf16 is not right
