@@ -93,14 +93,20 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
 
 def _attention(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
     """Raises ConfigError for a backend that cannot run here."""
-    possible = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    installed = importlib.util.find_spec("flash_attn") is not None
+    cuda = device.type == "cuda"
+    flash = (
+        cuda
+        and dtype in (torch.bfloat16, torch.float16)
+        and importlib.util.find_spec("flash_attn") is not None
+    )
     if settings.attention == "auto":
-        return "flash" if possible and installed else "sdpa"
-    if settings.attention == "flash" and not (possible and installed):
+        return "flash" if flash else "triton" if cuda else "sdpa"
+    if settings.attention == "flash" and not flash:
         raise ConfigError(
             "attention: flash wants a GPU, bfloat16 or float16, and flash-attn installed"
         )
+    if settings.attention == "triton" and not cuda:
+        raise ConfigError("attention: triton wants a GPU")
     return settings.attention
 
 

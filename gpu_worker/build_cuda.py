@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.attention import AttentionBackend, PagedBackend
+from gpu_worker.attention.triton_paged import TritonPagedAttention
 from gpu_worker.build import Parts, make_rotary, make_sdpa
 from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.cuda_graphs import DecodeGraphs, StaticBatch
@@ -84,7 +85,7 @@ def cuda_forward(parts: Parts) -> Forward:
         sequences=parts.settings.rows,
         tuning=DECODE,
     )
-    side = torch.cuda.Stream(parts.device)
+    side = torch.cuda.Stream(parts.device)  # type: ignore[no-untyped-call]
 
     def plan_lora(batch: StaticBatch) -> LoraPlan:
         return OverlappedPlan(decode_lora, decode_lora.prepare(batch.tiles, batch.tile_count), side)
@@ -119,8 +120,18 @@ def cuda_forward(parts: Parts) -> Forward:
 
 
 def _paged(parts: Parts) -> PagedBackend | None:
-    if parts.attention != "flash":
-        return None
-    from gpu_worker.attention.flash import FlashAttention  # flash-attn need not be installed
+    config = parts.config
+    if parts.attention == "flash":
+        from gpu_worker.attention.flash import FlashAttention  # flash-attn need not be installed
 
-    return FlashAttention(sliding_window=parts.config.sliding_window, device=parts.device)
+        return FlashAttention(sliding_window=config.sliding_window, device=parts.device)
+    if parts.attention == "triton":
+        return TritonPagedAttention(
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            sliding_window=config.sliding_window,
+            dtype=parts.dtype,
+            device=parts.device,
+        )
+    return None

@@ -26,15 +26,16 @@ class CudaAdapterPool:
         self.nbytes = nbytes
         self.tables = tables
         self._pool = zeros((nbytes,), dtype=torch.uint8, device=device)
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._arena: Tensor | None = None
 
     def attach_arena(self, arena: mmap) -> None:
         """Copy out of this from now on; it is pinned, and stays mapped as long as the pool holds
         it."""
         self._arena = torch.frombuffer(arena, dtype=torch.uint8)
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         torch.cuda.check_error(
-            torch.cuda.cudart().cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0)
+            runtime.cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0)
         )
 
     def copy(self, copies: Iterable[AdapterCopy]) -> int:

@@ -61,8 +61,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Literal["auto", "cpu", "cuda"], Meta(description="where the GPU worker runs")
     ] = "auto"
     attention: Annotated[
-        Literal["auto", "flash", "sdpa"],
-        Meta(description="attention backend; auto: flash-attn where it is installed for a GPU"),
+        Literal["auto", "flash", "triton", "sdpa"],
+        Meta(description="attention; auto: on a GPU flash-attn if installed, else triton"),
     ] = "auto"
     lora_kernels: Annotated[
         Literal["auto", "reference", "grouped"], Meta(description="LoRA kernels of the GPU worker")

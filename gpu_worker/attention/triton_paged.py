@@ -20,6 +20,8 @@ from gpu_worker.attention.triton_prefill import (
 class TritonPagedAttention:
     """The backend for one model and device."""
 
+    reads_unwritten = False
+
     def __init__(
         self,
         *,
@@ -50,6 +52,14 @@ class TritonPagedAttention:
                 self._chunks(query_lengths, page_table[decode_rows:], lengths[decode_rows:])
             )
         return _TritonPlan(parts)
+
+    def plan_decode(self, page_table: Tensor, lengths: Tensor) -> AttentionPlan:
+        """For rows that feed one token each.
+
+        page_table  int32[rows, blocks]
+        lengths     int32[rows], with the token that is fed
+        """
+        return _TritonPlan([self._decode_rows(page_table, lengths)])
 
     def _decode_rows(self, page_table: Tensor, lengths: Tensor) -> "_DecodeRows":
         plan = self._decode_plan(lengths, None)

@@ -117,8 +117,4 @@ def expanded(
 @triton.jit
 def in_class(rank, CLASS: tl.constexpr):
     """The same rank, written so that the compiler sees that whole vectors can be loaded."""
-    if CLASS == 3:
-        seen = rank
-    else:
-        seen = rank // 8 * 8
-    return seen
+    return rank if CLASS == 3 else rank // 8 * 8

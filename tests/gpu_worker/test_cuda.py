@@ -1,6 +1,7 @@
 """The worker on a GPU against itself on the CPU in fp32; skipped where there is no GPU."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,23 +50,27 @@ def generate(worker: Worker, sampling: Sampling, block_tokens: int) -> list[Row]
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), SAMPLED], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"cuda_graphs": False}, {"attention": "sdpa"}],
-    ids=["graphs", "eager", "sdpa"],
+    [
+        {},
+        {"cuda_graphs": False},
+        {"attention": "triton", "kv_block_tokens": 16},
+        {"attention": "triton", "kv_block_tokens": 16, "cuda_graphs": False},
+        {"attention": "sdpa", "kv_block_tokens": 16},
+    ],
+    ids=["flash", "flash-eager", "triton", "triton-eager", "sdpa"],
 )
 def test_a_gpu_produces_what_a_cpu_does(
-    folder: Path, settings: dict[str, object], sampling: Sampling
+    folder: Path, settings: dict[str, Any], sampling: Sampling
 ) -> None:
     exact = generate(make_worker(folder, kv_block_tokens=16, kv_cache_bytes=1 << 24), sampling, 16)
-    blocks = 16 if settings.get("attention") == "sdpa" else 256
     worker = make_worker(
         folder,
         dtype="float16",
         device="cuda",
-        kv_block_tokens=blocks,
         kv_cache_bytes=1 << 28,
-        **settings,
+        **{"kv_block_tokens": 256, **settings},
     )
-    found = generate(worker, sampling, blocks)
+    found = generate(worker, sampling, int(settings.get("kv_block_tokens", 256)))
     same = total = 0
     for one, other in zip(exact, found, strict=True):
         assert len(one.produced) == len(other.produced)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gpu_worker.adapter_pool import AdapterPool
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
@@ -22,7 +23,9 @@ def driver(worker: Worker) -> Driver:
 
 def poison(driver: Driver, slot: int) -> None:
     """An adapter whose activations overflow."""
-    shapes = driver.worker.adapters.shapes
+    adapters = driver.worker.adapters
+    assert isinstance(adapters, AdapterPool)
+    shapes = adapters.shapes
     weights = random_weights(ranks=[2] * 21, shapes=shapes, std=1e25)
     arena, (copy,) = arena_of([pack(weights, layers=3, shapes=shapes)])
     driver.worker.attach_arena(arena)
