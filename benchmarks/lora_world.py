@@ -79,7 +79,7 @@ class World:
                 [self._matrix(slot, p.a_offset, p.rank, s.in_features) for p, s in matrices]
             ),
             lora_b=tuple(
-                self._matrix(slot, place.b_offset, shape.out_features, place.rank)
+                self._matrix(slot, place.b_offset, place.rank, shape.out_features).T
                 for place, shape in zip(places, shapes, strict=True)
             ),
         )
