@@ -9,10 +9,10 @@ A group is the A matrices of its modules, stacked, then their B matrices, transp
     A_q [r_q, in]  A_k [r_k, in]  A_v [r_v, in]
     B_q' [r_q, out_q]  B_k' [r_k, out_k]  B_v' [r_v, out_v]
 
-all row-major in the compute dtype, with the scaling folded into B. So a rank is a row of A and a row
-of B', whatever the adapter: kernels gather rows of many adapters as one matrix. Ranks are exact and may differ
-from module to module and layer to layer; a missing module has rank 0 and takes no bytes. Each
-matrix starts on an ALIGNMENT border, so the As of a group are one matrix [r_q + r_k + r_v, in]
+all row-major in the compute dtype, with the scaling folded into B. So a rank is a row of A and a
+row of B', and kernels can gather those of many adapters as one matrix. Ranks are exact and may
+differ from module to module and layer to layer; a missing module has rank 0 and takes no bytes.
+Each matrix starts on an ALIGNMENT border, so the As of a group are one matrix [r_q + r_k + r_v, in]
 wherever a row of A is a multiple of that, as it is for all usual models.
 """
 

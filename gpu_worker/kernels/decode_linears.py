@@ -3,7 +3,7 @@
 Owns what the kernels need between the layers of a step, and chooses the sizes of their blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from gpu_worker.kernels.triton_decode_shrink import decode_shrink_kernel
 from gpu_worker.kernels.triton_linear import linear_kernel
 from gpu_worker.layers import GATE_UP, LayerOps
 from gpu_worker.layers.linear import Linear, PlainLinear
-from pipeline.adapter_layout import GROUPS, MODULES, ModuleShape
+from pipeline.adapter_layout import GROUPS, ModuleShape
 
 ROW_COLUMNS = 64  # columns that a row may have on average
 LEAST_COLUMNS = 2048
@@ -62,6 +62,7 @@ class DecodeLinears:
 
     rows  the most of a step
     pdl   programmatic dependent launch: a kernel's start overlaps its predecessor's end
+    changes  of LinearTuning, by group, to try them out
     """
 
     def __init__(
@@ -74,11 +75,13 @@ class DecodeLinears:
         pdl: bool,
         processors: int = 132,
         shrink: ShrinkTuning | None = None,
+        changes: Mapping[int, Mapping[str, int]] | None = None,
     ) -> None:
         self.tables = tables
         self.pdl = pdl
         self._shapes = shapes
         self._processors = processors
+        self._changes = changes or {}
         self.shrink_tuning = shrink or ShrinkTuning()
         device = tables.table.device
         self.most_rows = rows
@@ -89,12 +92,9 @@ class DecodeLinears:
         self._buffers = ColumnBuffers(
             tables=tables,
             layers=layers,
-            tiles=rows,
+            rows=rows,
             columns=self.most_columns,
             zeros=self._zeros.data_ptr(),
-        )
-        self.h = torch.zeros(
-            (len(MODULES), rows, self.most_columns), dtype=tables.dtype, device=device
         )
         programs = self.shrink_tuning.programs
         self.parts = torch.zeros((programs, TILE_ROWS, RANKS), device=device)
@@ -146,9 +146,9 @@ class DecodeLinears:
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
             stages=max(2, min(8, 160 * 1024 // stage_bytes)),
-            rank_stages=3,
+            rank_stages=5,
             warps=4,
-        )
+        )._replace(**self._changes.get(group, {}))
 
 
 class DecodePlan:
@@ -191,13 +191,17 @@ class DecodePlan:
             bias,
             y,
             rows,
-            owner.h,
+            None
+            if columns is None
+            else TensorDescriptor.from_tensor(
+                columns.h.view(-1, owner.most_columns), [tuning.block_m, PADDING]
+            ),
             None if columns is None else columns.addresses[layer],
-            None if columns is None else columns.runs,
             None if columns is None else columns.counts,
             GROUPS[group][0],
             owner.most_columns,
             owner.most_rows,
+            x,
             N=n,
             K=k,
             OUT_0=outs[0],
@@ -210,7 +214,6 @@ class DecodePlan:
             RANKS=PADDING,
             RANK_STAGES=tuning.rank_stages,
             MODULES=len(outs),
-            RUNS_OF=len(MODULES),
             GATED=gated,
             BIAS=bias is not None,
             LORA=columns is not None,
@@ -232,7 +235,7 @@ class DecodePlan:
             GROUPS[group][0],
             columns.entries,
             columns.entry_counts,
-            owner.h,
+            columns.h,
             owner.parts,
             owner.arrivals,
             columns.entries.shape[1],

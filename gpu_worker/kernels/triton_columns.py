@@ -2,9 +2,9 @@
 
 A module's h is a matrix [rows, columns]: RANKS columns for every block of ranks of every adapter
 that has tokens in the step, then empty ones up to a multiple of PADDING. A column belongs to a run
-of rows, those of its adapter; in other rows its h is undefined, and taken for 0. With it comes the
-address of its row of B' (adapter_layout) in each layer; a column without one, because it is padding
-or beyond the rank in that layer, has that of a row of zeros.
+of rows, those of its adapter; in all others it is 0. With it comes the address of its row of B'
+(adapter_layout) in each layer. Gate and up have the same columns. A column without one, because it is padding or beyond the rank in
+that layer, has that of a row of zeros.
 
 All of this is worked out on the device, once per step for all layers.
 """
@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_worker.kernels.adapter_tables import LORA_B, MODULE_HEAD, RANK, RECORD, AdapterTables
-from pipeline.adapter_layout import MAX_RANK, MODULES
+from gpu_worker.layers import GATE_UP
+from pipeline.adapter_layout import GROUPS, MAX_RANK, MODULES
 
 RANKS = 16  # of a block: the least that a tensor core multiplies
 PADDING = 64  # columns that are multiplied at once
@@ -32,35 +33,35 @@ class Columns(NamedTuple):
     entries: Tensor  # int32[modules, most entries, ENTRY]: a tile and a block of its ranks
     entry_counts: Tensor  # int32[modules]
     counts: Tensor  # int32[modules]: columns, a multiple of PADDING
-    runs: Tensor  # int32[2, modules, most columns]: first row and end of each column's rows
+    h: Tensor  # [modules, rows, most columns], 0 until a shrink writes the rows of each run
     addresses: Tensor  # int64[layers, modules, most columns]: of each column's row of B'
 
 
 class ColumnBuffers:
     """Owns the Columns that `plan` fills.
 
-    tiles    the most of a step
+    rows     the most of a step
     columns  the most of a step; a multiple of PADDING
     zeros    address of as many zeros as a row of B' has elements
     """
 
     def __init__(
-        self, *, tables: AdapterTables, layers: int, tiles: int, columns: int, zeros: int
+        self, *, tables: AdapterTables, layers: int, rows: int, columns: int, zeros: int
     ) -> None:
         device = tables.table.device
         self._table = tables.table
-        self._layers, self._tiles, self._zeros = layers, tiles, zeros
+        self._layers, self._rows, self._zeros = layers, rows, zeros
         self._out_bytes = torch.tensor(tables.out_bytes, dtype=torch.int32).to(device)
         modules = len(MODULES)
         self.columns = Columns(
             entries=torch.zeros(
-                (modules, MOST_BLOCKS * tiles // TILE_ROWS + columns // RANKS, ENTRY),
+                (modules, MOST_BLOCKS * rows // TILE_ROWS + columns // RANKS, ENTRY),
                 dtype=torch.int32,
                 device=device,
             ),
             entry_counts=torch.zeros(modules, dtype=torch.int32, device=device),
             counts=torch.zeros(modules, dtype=torch.int32, device=device),
-            runs=torch.zeros((2, modules, columns), dtype=torch.int32, device=device),
+            h=torch.zeros((modules, rows, columns), dtype=tables.dtype, device=device),
             addresses=torch.zeros((layers, modules, columns), dtype=torch.int64, device=device),
         )
 
@@ -70,7 +71,7 @@ class ColumnBuffers:
         tiles       int32[n, 3], of make_tiles, in the order of their rows, none of the base model
         tile_count  int32[1], how many of them there are
         """
-        bound = max(min(len(tiles), self._tiles), 1)
+        bound = max(min(len(tiles), self._rows), 1)
         columns = self.columns
         plan_kernel[(bound, len(MODULES))](
             tiles,
@@ -82,10 +83,12 @@ class ColumnBuffers:
             columns.entries,
             columns.entry_counts,
             columns.counts,
-            columns.runs,
+            columns.h,
             columns.addresses,
             columns.entries.shape[1],
-            columns.runs.shape[2],
+            columns.h.shape[2],
+            ROWS=self._rows,
+            ROWS_P2=triton.next_power_of_2(self._rows),
             LAYERS=self._layers,
             LAYERS_P2=triton.next_power_of_2(self._layers),
             BLOCK_T=triton.next_power_of_2(bound + 1),
@@ -95,6 +98,8 @@ class ColumnBuffers:
             RECORD=RECORD,
             LORA_B=LORA_B,
             RANK=RANK,
+            GATE=GROUPS[GATE_UP][0],
+            UP=GROUPS[GATE_UP][1],
             ENTRY_SIZE=ENTRY,
             RANKS=RANKS,
             PADDING=PADDING,
@@ -103,12 +108,24 @@ class ColumnBuffers:
 
 
 @triton.jit
+def _clear(
+    h, module, columns, start, end, most_columns,
+    ROWS: tl.constexpr, ROWS_P2: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """h is 0 in those of these columns that are from start to end."""
+    row = tl.arange(0, ROWS_P2)
+    place = h + ((module.to(tl.int64) * ROWS + row) * most_columns)[:, None] + columns[None, :]
+    mask = (row < ROWS)[:, None] & ((columns >= start) & (columns < end))[None, :]
+    tl.store(place, tl.zeros((ROWS_P2, COLUMNS), h.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def plan_kernel(
-    tiles, tile_count, table, table_stride, out_bytes, zeros, entries, entry_counts, counts, runs,
+    tiles, tile_count, table, table_stride, out_bytes, zeros, entries, entry_counts, counts, h,
     addresses, most_entries, most_columns,
-    LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr, BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_P2: tl.constexpr, LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr, BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
     MODULE_HEAD: tl.constexpr, RECORDS: tl.constexpr, RECORD: tl.constexpr, LORA_B: tl.constexpr,
-    RANK: tl.constexpr, ENTRY_SIZE: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
+    RANK: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, ENTRY_SIZE: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, module) writes the entries of its tile; that of a run's first tile, also its
     columns; that of the first tile, also the counts and the padding."""
@@ -129,6 +146,9 @@ def plan_kernel(
     starts = used & ((ids == 0) | (slot != slot_before) | (first != end_before))
     head = table + slot.to(tl.int64) * table_stride + MODULE_HEAD + module
     rank = tl.load(head, mask=used, other=0).to(tl.int32)
+    if (module == GATE) | (module == UP):  # which have the same columns
+        other = head + tl.where(module == GATE, UP - GATE, GATE - UP)
+        rank = tl.maximum(rank, tl.load(other, mask=used, other=0).to(tl.int32))
     blocks = (rank + RANKS - 1) // RANKS
     of_runs = tl.where(starts, blocks, 0)
 
@@ -140,8 +160,7 @@ def plan_kernel(
         tl.store(entry_counts + module, tl.sum(blocks))
         tl.store(counts + module, padded)
         empty = total + tl.arange(0, PADDING)
-        tl.store(runs + module * most_columns + empty, 0, mask=empty < padded)
-        tl.store(runs + (MODULES + module) * most_columns + empty, 0, mask=empty < padded)
+        _clear(h, module, empty, total, padded, most_columns, ROWS, ROWS_P2, PADDING)
         nothing = tl.zeros((LAYERS_P2, PADDING), tl.int64) + zeros
         mask = (layer < LAYERS)[:, None] & (empty < padded)[None, :]
         tl.store(addresses + of_layer + empty[None, :], nothing, mask=mask)
@@ -162,8 +181,6 @@ def plan_kernel(
         tl.store(target + 4, column + block * RANKS)
         target += ENTRY_SIZE
     if is_start == 1:
-        next_run = tl.min(tl.where(starts & (ids > tile), ids, n))
-        run_end = tl.max(tl.where(used & (ids < next_run), first + count, 0))
         r = tl.arange(0, RANKS)
         record = table + my_slot.to(tl.int64) * table_stride + RECORDS
         record += (layer * MODULES + module) * RECORD
@@ -172,8 +189,7 @@ def plan_kernel(
         row_bytes = tl.load(out_bytes + module).to(tl.int64)
         for block in range(my_blocks):
             columns = column + block * RANKS + r
-            tl.store(runs + module * most_columns + columns, my_first)
-            tl.store(runs + (MODULES + module) * most_columns + columns, run_end)
+            _clear(h, module, columns, 0, most_columns, most_columns, ROWS, ROWS_P2, RANKS)
             of_rank = block * RANKS + r
             rows = address[:, None] + of_rank.to(tl.int64)[None, :] * row_bytes
             rows = tl.where(of_rank[None, :] < rank_of_layer[:, None], rows, zeros)

@@ -1,16 +1,16 @@
 """Linear layers of decode steps, with the adapters of all rows in the same multiplication.
 
-y = W x + B h, where the columns of B are the ranks of all the step's adapters (triton_columns): after
-the input features, the ranks are multiplied as if they were more of them. So LoRA costs the bytes
-of the adapters, and y is written once.
+y = W x + B h, where the columns of B are the ranks of all the step's adapters (triton_columns):
+after the input features, the ranks are multiplied as if they were more of them. So LoRA costs the
+bytes of the adapters, and y is written once.
 
 A program has BLOCK_N outputs of up to BLOCK_M rows. The weight is what a decode step reads most of,
 and passes once through shared memory, brought there by the bulk copy engine. Where the outputs are
 too few to keep every multiprocessor busy, the input features are cut into splits, whose sums
 whoever reads y adds up.
 
-With programmatic dependent launch, a step with adapters starts on W x while their shrink still runs,
-and waits for it before the first rank. The x must then be complete when that shrink starts.
+With programmatic dependent launch, a step with adapters starts on W x while their shrink still
+runs, and waits for it before the first rank. The x must then be complete when that shrink starts.
 """
 
 import triton
@@ -18,50 +18,33 @@ import triton.language as tl
 
 
 @triton.jit
-def _add_ranks(
-    acc, h, addresses, runs, counts, module, rows, outs, split, most_columns, most_rows,
-    SPLITS: tl.constexpr, RANKS: tl.constexpr, STAGES: tl.constexpr, RUNS_OF: tl.constexpr,
-):  # fmt: skip
-    """acc fp32[outs, rows] += B h for a module. Each split has its part of the columns."""
-    count = tl.load(counts + module)
-    of_split = tl.cdiv(count // RANKS, SPLITS) * RANKS
-    start = split * of_split
-    end = tl.minimum(start + of_split, count)
-    of_module = module.to(tl.int64) * most_columns
-    h += of_module * most_rows
-    for c in tl.range(start, end, RANKS, num_stages=STAGES):
-        column = of_module + c + tl.arange(0, RANKS)
-        address = tl.load(addresses + column)
-        first = tl.load(runs + column)
-        last = tl.load(runs + RUNS_OF * most_columns + column)
-        b_row = tl.multiple_of(address.to(tl.pointer_type(h.dtype.element_ty)), 16)
-        b = tl.load(b_row[:, None] + outs[None, :])
-        mine = (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
-        place = rows[:, None] * most_columns + (c + tl.arange(0, RANKS))[None, :]
-        hs = tl.load(h + place, mask=mine, other=0.0)
-        acc = tl.dot(tl.trans(b), tl.trans(hs), acc, input_precision="ieee")
-    return acc
+def _rows_of_b(addresses, outs, like, RANKS: tl.constexpr):
+    """[RANKS, outs] of the rows of B' at these addresses."""
+    address = tl.load(addresses + tl.arange(0, RANKS))
+    row = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
+    return tl.load(row[:, None] + outs[None, :])
 
 
 @triton.jit(do_not_specialize=["module"])
 def linear_kernel(
-    x, weight, bias, y, rows_end, h, addresses, runs, counts, module, most_columns, most_rows,
+    x, weight, bias, y, rows_end, h, addresses, counts, module, most_columns, most_rows, like,
     N: tl.constexpr, K: tl.constexpr, OUT_0: tl.constexpr, OUT_1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, RANKS: tl.constexpr, RANK_STAGES: tl.constexpr, MODULES: tl.constexpr,
-    RUNS_OF: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
+    GATED: tl.constexpr, BIAS: tl.constexpr, LORA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """
     x          descriptor of [rows, K] in blocks [BLOCK_M, BLOCK_K]
     weight     descriptor of [N, K] in blocks [BLOCK_N, BLOCK_K]
     y          [rows, N]; with splits fp32[SPLITS, rows, N]; GATED: [rows, N / 2], silu(gate) * up
-    h          [modules, most_rows, most_columns]
+    h          descriptor of [modules * most_rows, most_columns] in blocks [BLOCK_M, RANKS]
     addresses  of this layer, [modules, most_columns]
+    like       a pointer to elements like B's
     module     number of the group's first module, whose outputs are OUT_0; the next one's are OUT_1
     """
+    if PDL and not LORA:
+        tl.extra.cuda.gdc_wait()
     if PDL:
-        if not LORA:
-            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     outputs: tl.constexpr = N // 2 if GATED else N
     tiles: tl.constexpr = outputs // BLOCK_N
@@ -86,8 +69,6 @@ def linear_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     outs = n + tl.arange(0, BLOCK_N)
     if LORA:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         which = 0
         column = outs
         if MODULES > 1 and not GATED:
@@ -95,15 +76,22 @@ def linear_kernel(
             in_2 = (n >= OUT_0 + OUT_1).to(tl.int32)
             which = in_1 + in_2
             column = outs - in_1 * OUT_0 - in_2 * OUT_1
-        acc = _add_ranks(
-            acc, h, addresses, runs, counts, module + which, rows, column, split, most_columns,
-            most_rows, SPLITS, RANKS, RANK_STAGES, RUNS_OF,
-        )  # fmt: skip
-        if GATED:
-            up = _add_ranks(
-                up, h, addresses, runs, counts, module + 1, rows, column, split, most_columns,
-                most_rows, SPLITS, RANKS, RANK_STAGES, RUNS_OF,
-            )  # fmt: skip
+        count = tl.load(counts + module + which)
+        ranks_of_split = tl.cdiv(count // RANKS, SPLITS) * RANKS
+        c_start = split * ranks_of_split
+        c_end = tl.minimum(c_start + ranks_of_split, count)
+        of_module = addresses + (module + which).to(tl.int64) * most_columns
+        h_row = (module + which) * most_rows + first_row
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        for c in tl.range(c_start, c_end, RANKS, num_stages=RANK_STAGES):
+            hs = h.load([h_row, c])
+            b = _rows_of_b(of_module + c, column, like, RANKS)
+            acc = tl.dot(tl.trans(b), tl.trans(hs), acc, input_precision="ieee")
+            if GATED:
+                hs = h.load([h_row + most_rows, c])
+                b = _rows_of_b(of_module + most_columns + c, column, like, RANKS)
+                up = tl.dot(tl.trans(b), tl.trans(hs), up, input_precision="ieee")
     if BIAS:
         if split == 0:
             acc += tl.load(bias + outs).to(tl.float32)[:, None]
