@@ -19,17 +19,18 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import settings_from
 from benchmarks.machine import commit, machine
 from benchmarks.models import make_model
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES, layout, pack_ranks
-from pipeline.config import Settings
 from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 
 PROMPT, RANK, PROMPTS_PER_STEP, DECODE_STEPS = 128, 16, 32, 40
+TOKENS = 256  # that a row may have
 
 
 def ints(values: object) -> bytes:
@@ -50,7 +51,7 @@ def load_adapters(worker: Worker, config: ModelConfig, count: int) -> None:
     worker.run(Step(1, copies=copies))
 
 
-def prefill_steps(rows: int, adapters: int, vocabulary: int) -> list[Step]:
+def prefill_steps(rows: int, adapters: int, vocabulary: int, blocks: int) -> list[Step]:
     generator = np.random.default_rng(0)
     steps = []
     for first in range(0, rows, PROMPTS_PER_STEP):
@@ -62,7 +63,7 @@ def prefill_steps(rows: int, adapters: int, vocabulary: int) -> list[Step]:
                 token_ids=ints(generator.integers(3, vocabulary, PROMPT)),
                 prompt_tokens=PROMPT,
                 cached_tokens=0,
-                blocks=ints([row]),
+                blocks=ints(range(row * blocks, (row + 1) * blocks)),
                 sampling=Sampling(temperature=0),
                 logprobs=False,
             )
@@ -102,21 +103,26 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32, 64, 128])
     parser.add_argument("--profile", type=int, nargs="*", default=[])
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = make_model("llama-3.1-8b", Path(name))
-        settings = Settings(
-            load_format="dummy",
-            dtype="bfloat16",
-            device="cuda",
-            rows=options.rows,
-            step_tokens=8192,
-            max_total_tokens=1024,
-            adapter_pool_bytes=12 << 30,
-            kv_cache_bytes=16 << 30,
+        settings = settings_from(
+            {
+                "load_format": "dummy",
+                "dtype": "bfloat16",
+                "device": "cuda",
+                "rows": options.rows,
+                "step_tokens": 8192,
+                "max_total_tokens": 1024,
+                "adapter_pool_bytes": 12 << 30,
+                "kv_cache_bytes": 16 << 30,
+            },
+            options.set,
         )
         start = time.perf_counter()
-        worker = build_worker(settings, folder, Figures(CollectorRegistry())).worker
+        built = build_worker(settings, folder, Figures(CollectorRegistry()))
+        worker, block_tokens = built.worker, built.ready.block_tokens
         print(f"{machine()}, commit {commit()}, built in {time.perf_counter() - start:.1f} s")
         config = read_model_config(folder)
     load_adapters(worker, config, max(1, *options.adapters))
@@ -125,7 +131,9 @@ def main() -> None:
     base: tuple[float, float] | None = None
     decode = Step(3, decode_rows=ints(range(options.rows)))
     for adapters in options.adapters:
-        prefill = prefill_steps(options.rows, adapters, config.vocabulary)
+        prefill = prefill_steps(
+            options.rows, adapters, config.vocabulary, -(-TOKENS // block_tokens)
+        )
         for step in prefill:
             worker.run(step)
         prefilled = seconds_of(worker, prefill) / (options.rows * PROMPT / 4096)

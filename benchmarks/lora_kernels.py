@@ -52,27 +52,26 @@ def everywhere(**changes: int) -> dict[int, dict[str, int]]:
     return dict.fromkeys(range(len(GROUPS)), changes)
 
 
-WIDE_GATE = {"block_n": 128, "stages": 3, "warps": 8}
 VARIANTS: dict[str, Variant] = {
-    "no dependent launch": Variant(pdl=False),
     "ranks in 7 stages": Variant(changes=everywhere(rank_stages=7)),
-    "4 stages of 128": Variant(
-        changes={
-            OUT: {"stages": 4},
-            DOWN: {"stages": 4},
-            QKV: {"stages": 8},
-            GATE_UP: {"stages": 4},
-        }
-    ),
     "wide": Variant(
         changes={
-            GATE_UP: WIDE_GATE,
-            QKV: {"block_n": 128, "stages": 5},
-            OUT: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 5},
+            GATE_UP: {"block_n": 64, "stages": 5, "warps": 4},
+            QKV: {"block_k": 128, "stages": 4},
+            OUT: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 6},
             DOWN: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 5},
         }
     ),
-    "shrink in 3 stages of 128": Variant(shrink=ShrinkTuning(k_block=128, stages=3)),
+    "8 warps": Variant(
+        changes={
+            GATE_UP: {"block_n": 128, "stages": 3, "warps": 8},
+            QKV: {"warps": 8},
+            OUT: {"warps": 8},
+            DOWN: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 6, "warps": 8},
+        }
+    ),
+    "shrink by 3 programs each": Variant(shrink=ShrinkTuning(programs=132 * 3)),
+    "shrink by 8, 128 at a time": Variant(shrink=ShrinkTuning(programs=132 * 8, k_block=128)),
 }
 
 

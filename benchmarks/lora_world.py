@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gpu_worker.kernels.adapter_tables import AdapterTables
 from gpu_worker.kernels.segments import Segment, make_segments

@@ -32,7 +32,8 @@ from pipeline.adapter_layout import GROUPS, ModuleShape
 ROW_COLUMNS = 64  # columns that a row may have on average
 LEAST_COLUMNS = 2048
 MOST_ROWS = 128  # of a block
-LEAST_OUTPUTS, MOST_OUTPUTS = 16, 64  # of a block
+LEAST_OUTPUTS = 16  # of a block
+STAGE_BYTES = 196608  # of shared memory for the blocks on their way
 
 
 class LinearTuning(NamedTuple):
@@ -127,12 +128,13 @@ class DecodeLinears:
         blocks: NDArray[np.int64] = -(-self.tables.max_ranks[slots] // RANKS)
         return bool(blocks.sum(axis=0).max(initial=0) * RANKS <= self.most_columns - PADDING)
 
-    def tuning(self, rows: int, group: int, in_features: int) -> LinearTuning:
-        """For a layer of this group."""
+    def tuning(self, rows: int, group: int, in_features: int, *, lora: bool) -> LinearTuning:
+        """For a layer of this group; benchmarks/lora_kernels.py compares others."""
         outs = [self._shapes[module].out_features for module in GROUPS[group]]
-        block_m = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
-        block_n = min(MOST_OUTPUTS, *(out & -out for out in outs))
         gated = group == GATE_UP
+        most_n = 128 if gated and lora else 64
+        block_m = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
+        block_n = min(most_n, *(out & -out for out in outs))
         tiles = (outs[0] if gated else sum(outs)) // block_n * -(-rows // block_m)
         block_k = 128 if len(outs) == 1 else 64
         splits = 1
@@ -145,9 +147,9 @@ class DecodeLinears:
             block_n=block_n,
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
-            stages=max(2, min(8, 160 * 1024 // stage_bytes)),
+            stages=max(2, min(8, (STAGE_BYTES - (32768 if gated else 0)) // stage_bytes)),
             rank_stages=5,
-            warps=4,
+            warps=8 if block_n == 128 else 4,
         )._replace(**self._changes.get(group, {}))
 
 
@@ -174,7 +176,7 @@ class DecodePlan:
         owner, columns = self._owner, self._columns
         weight, bias = linear.weight, linear.bias
         (rows, k), n = x.shape, weight.shape[0]
-        tuning = owner.tuning(rows, group, k)
+        tuning = owner.tuning(rows, group, k, lora=columns is not None)
         gated = group == GATE_UP
         outs = [self._owner._shapes[module].out_features for module in GROUPS[group]]
         width = n // 2 if gated else n

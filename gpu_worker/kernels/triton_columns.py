@@ -123,9 +123,11 @@ def _clear(
 def plan_kernel(
     tiles, tile_count, table, table_stride, out_bytes, zeros, entries, entry_counts, counts, h,
     addresses, most_entries, most_columns,
-    ROWS: tl.constexpr, ROWS_P2: tl.constexpr, LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr, BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
+    ROWS: tl.constexpr, ROWS_P2: tl.constexpr, LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr,
+    BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
     MODULE_HEAD: tl.constexpr, RECORDS: tl.constexpr, RECORD: tl.constexpr, LORA_B: tl.constexpr,
-    RANK: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, ENTRY_SIZE: tl.constexpr, RANKS: tl.constexpr, PADDING: tl.constexpr,
+    RANK: tl.constexpr, GATE: tl.constexpr, UP: tl.constexpr, ENTRY_SIZE: tl.constexpr,
+    RANKS: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, module) writes the entries of its tile; that of a run's first tile, also its
     columns; that of the first tile, also the counts and the padding."""

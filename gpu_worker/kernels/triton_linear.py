@@ -18,11 +18,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows_of_b(addresses, outs, like, RANKS: tl.constexpr):
-    """[RANKS, outs] of the rows of B' at these addresses."""
-    address = tl.load(addresses + tl.arange(0, RANKS))
+def _rows_of_b(addresses, outs, like, wanted, RANKS: tl.constexpr):
+    """[RANKS, outs] of the rows of B' at these addresses, if wanted."""
+    address = tl.load(addresses + tl.arange(0, RANKS), mask=wanted, other=0)
     row = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
-    return tl.load(row[:, None] + outs[None, :])
+    return tl.load(row[:, None] + outs[None, :], mask=wanted, other=0.0)
 
 
 @triton.jit(do_not_specialize=["module"])
@@ -57,6 +57,29 @@ def linear_kernel(
     of_split: tl.constexpr = (steps + SPLITS - 1) // SPLITS
     start = split * of_split
     end = tl.minimum(start + of_split, steps)
+    outs = n + tl.arange(0, BLOCK_N)
+
+    if LORA:  # the first ranks are there when the weight is through
+        which = 0
+        column = outs
+        if MODULES > 1:
+            if not GATED:
+                in_1 = (n >= OUT_0).to(tl.int32)
+                in_2 = (n >= OUT_0 + OUT_1).to(tl.int32)
+                which = in_1 + in_2
+                column = outs - in_1 * OUT_0 - in_2 * OUT_1
+        count = tl.load(counts + module + which)
+        ranks_of_split = tl.cdiv(count // RANKS, SPLITS) * RANKS
+        first = split * ranks_of_split
+        last = tl.minimum(first + ranks_of_split, count)
+        of_module = addresses + (module + which).to(tl.int64) * most_columns
+        of_up = of_module + most_columns
+        h_row = (module + which) * most_rows + first_row
+        any_ranks = first < last
+        first_b = _rows_of_b(of_module + first, column, like, any_ranks, RANKS)
+        if GATED:
+            first_up = _rows_of_b(of_up + first, column, like, any_ranks, RANKS)
+
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = acc
     for step in tl.range(start, end, num_stages=STAGES):
@@ -66,32 +89,23 @@ def linear_kernel(
         if GATED:
             up = tl.dot(weight.load([outputs + n, k]), xs, up, input_precision="ieee")
 
-    rows = first_row + tl.arange(0, BLOCK_M)
-    outs = n + tl.arange(0, BLOCK_N)
     if LORA:
-        which = 0
-        column = outs
-        if MODULES > 1 and not GATED:
-            in_1 = (n >= OUT_0).to(tl.int32)
-            in_2 = (n >= OUT_0 + OUT_1).to(tl.int32)
-            which = in_1 + in_2
-            column = outs - in_1 * OUT_0 - in_2 * OUT_1
-        count = tl.load(counts + module + which)
-        ranks_of_split = tl.cdiv(count // RANKS, SPLITS) * RANKS
-        c_start = split * ranks_of_split
-        c_end = tl.minimum(c_start + ranks_of_split, count)
-        of_module = addresses + (module + which).to(tl.int64) * most_columns
-        h_row = (module + which) * most_rows + first_row
         if PDL:
             tl.extra.cuda.gdc_wait()
-        for c in tl.range(c_start, c_end, RANKS, num_stages=RANK_STAGES):
-            hs = h.load([h_row, c])
-            b = _rows_of_b(of_module + c, column, like, RANKS)
-            acc = tl.dot(tl.trans(b), tl.trans(hs), acc, input_precision="ieee")
+        if any_ranks:
+            hs = tl.trans(h.load([h_row, first]))
+            acc = tl.dot(tl.trans(first_b), hs, acc, input_precision="ieee")
             if GATED:
-                hs = h.load([h_row + most_rows, c])
-                b = _rows_of_b(of_module + most_columns + c, column, like, RANKS)
-                up = tl.dot(tl.trans(b), tl.trans(hs), up, input_precision="ieee")
+                hs = tl.trans(h.load([h_row + most_rows, first]))
+                up = tl.dot(tl.trans(first_up), hs, up, input_precision="ieee")
+        for c in tl.range(first + RANKS, last, RANKS, num_stages=RANK_STAGES):
+            hs = tl.trans(h.load([h_row, c]))
+            b = _rows_of_b(of_module + c, column, like, True, RANKS)
+            acc = tl.dot(tl.trans(b), hs, acc, input_precision="ieee")
+            if GATED:
+                hs = tl.trans(h.load([h_row + most_rows, c]))
+                b = _rows_of_b(of_up + c, column, like, True, RANKS)
+                up = tl.dot(tl.trans(b), hs, up, input_precision="ieee")
     if BIAS:
         if split == 0:
             acc += tl.load(bias + outs).to(tl.float32)[:, None]
@@ -99,5 +113,6 @@ def linear_kernel(
                 up += tl.load(bias + outputs + outs).to(tl.float32)[:, None]
     if GATED:
         acc = acc / (1.0 + tl.exp(-acc)) * up
+    rows = first_row + tl.arange(0, BLOCK_M)
     target = y + (split.to(tl.int64) * rows_end + rows[:, None]) * outputs + outs[None, :]
     tl.store(target, tl.trans(acc).to(y.dtype.element_ty), mask=(rows < rows_end)[:, None])
