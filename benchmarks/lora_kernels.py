@@ -53,7 +53,8 @@ def everywhere(**changes: int) -> dict[int, dict[str, int]]:
 
 
 VARIANTS: dict[str, Variant] = {
-    "ranks in 7 stages": Variant(changes=everywhere(rank_stages=7)),
+    "no dependent launch": Variant(pdl=False),
+    "ranks in 3 stages": Variant(changes=everywhere(rank_stages=3)),
     "wide": Variant(
         changes={
             GATE_UP: {"block_n": 64, "stages": 5, "warps": 4},
@@ -62,16 +63,7 @@ VARIANTS: dict[str, Variant] = {
             DOWN: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 5},
         }
     ),
-    "8 warps": Variant(
-        changes={
-            GATE_UP: {"block_n": 128, "stages": 3, "warps": 8},
-            QKV: {"warps": 8},
-            OUT: {"warps": 8},
-            DOWN: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 6, "warps": 8},
-        }
-    ),
-    "shrink by 3 programs each": Variant(shrink=ShrinkTuning(programs=132 * 3)),
-    "shrink by 8, 128 at a time": Variant(shrink=ShrinkTuning(programs=132 * 8, k_block=128)),
+    "shrink by 6 programs each": Variant(shrink=ShrinkTuning(programs=132 * 6)),
 }
 
 

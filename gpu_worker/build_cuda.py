@@ -44,9 +44,11 @@ def cuda_forward(parts: Parts) -> Forward:
     assert isinstance(parts.adapters, CudaAdapterPool)
     cos_sin = make_rotary(parts).table(parts.row_tokens)
 
+    pdl = _has_dependent_launch(parts.device)
+
     def make_ops(positions: Tensor, kv_slots: Tensor) -> LayerOps:
         return TritonOps(
-            pdl=torch.cuda.get_device_capability(parts.device)[0] >= 9,
+            pdl=pdl,
             cos_sin=cos_sin,
             kv_cache=parts.kv_cache,
             kv_heads=config.kv_heads,
@@ -130,18 +132,23 @@ def _paged(parts: Parts) -> PagedBackend | None:
             sliding_window=config.sliding_window,
             dtype=parts.dtype,
             device=parts.device,
+            pdl=_has_dependent_launch(parts.device),
         )
     return None
 
 
 def _decode_linears(parts: Parts) -> DecodeLinears:
     assert isinstance(parts.adapters, CudaAdapterPool)
-    device = torch.cuda.get_device_properties(parts.device)
     return DecodeLinears(
         tables=parts.adapters.tables,
         shapes=parts.config.module_shapes(),
         layers=parts.config.layers,
         rows=parts.settings.rows,
-        pdl=device.major >= 9,
-        processors=device.multi_processor_count,
+        pdl=_has_dependent_launch(parts.device),
+        processors=torch.cuda.get_device_properties(parts.device).multi_processor_count,
     )
+
+
+def _has_dependent_launch(device: torch.device) -> bool:
+    """From Hopper on, a kernel may start before the one that it depends on has ended."""
+    return torch.cuda.get_device_capability(device)[0] >= 9

@@ -53,7 +53,7 @@ class ShrinkTuning(NamedTuple):
 
     k_block: int = 256
     splits: int = 8
-    programs: int = 132 * 6
+    programs: int = 132 * 3
     warps: int = 2
     stages: int = 2
 
@@ -125,7 +125,9 @@ class DecodeLinears:
     def holds(self, segments: Sequence[Segment]) -> bool:
         """Whether the ranks of a step's adapters fit."""
         slots = [segment.slot for segment in segments]
-        blocks: NDArray[np.int64] = -(-self.tables.max_ranks[slots] // RANKS)
+        ranks = self.tables.max_ranks[slots]
+        ranks[:, list(GROUPS[GATE_UP])] = ranks[:, list(GROUPS[GATE_UP])].max(1, keepdims=True)
+        blocks: NDArray[np.int64] = -(-ranks // RANKS)
         return bool(blocks.sum(axis=0).max(initial=0) * RANKS <= self.most_columns - PADDING)
 
     def tuning(self, rows: int, group: int, in_features: int, *, lora: bool) -> LinearTuning:
@@ -148,7 +150,7 @@ class DecodeLinears:
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
             stages=max(2, min(8, (STAGE_BYTES - (32768 if gated else 0)) // stage_bytes)),
-            rank_stages=5,
+            rank_stages=5 if gated else 6,
             warps=8 if block_n == 128 else 4,
         )._replace(**self._changes.get(group, {}))
 
@@ -204,6 +206,8 @@ class DecodePlan:
             owner.most_columns,
             owner.most_rows,
             x,
+            None if columns is None else columns.epoch,
+            None if columns is None else columns.started[layer, group : group + 1],
             N=n,
             K=k,
             OUT_0=outs[0],
@@ -243,6 +247,8 @@ class DecodePlan:
             columns.entries.shape[1],
             owner.most_columns,
             owner.most_rows,
+            columns.epoch,
+            columns.started[layer, group : group + 1],
             K=x.shape[1],
             MODULES=len(GROUPS[group]),
             BLOCK_M=TILE_ROWS,

@@ -1,10 +1,10 @@
 """The ranks of a decode step's adapters as columns, side by side, as if they were one adapter's.
 
 A module's h is a matrix [rows, columns]: RANKS columns for every block of ranks of every adapter
-that has tokens in the step, then empty ones up to a multiple of PADDING. A column belongs to a run
-of rows, those of its adapter; in all others it is 0. With it comes the address of its row of B'
-(adapter_layout) in each layer. Gate and up have the same columns. A column without one, because it is padding or beyond the rank in
-that layer, has that of a row of zeros.
+that has tokens in the step, then empty ones up to a multiple of PADDING. Gate and up have the same
+columns. A column belongs to a run of rows, those of its adapter; in all others it is 0. With it
+comes the address of its row of B' (adapter_layout) in each layer; a column without one, because it
+is padding or beyond the rank in that layer, has that of a row of zeros.
 
 All of this is worked out on the device, once per step for all layers.
 """
@@ -34,6 +34,8 @@ class Columns(NamedTuple):
     entry_counts: Tensor  # int32[modules]
     counts: Tensor  # int32[modules]: columns, a multiple of PADDING
     h: Tensor  # [modules, rows, most columns], 0 until a shrink writes the rows of each run
+    epoch: Tensor  # int64[1], another one for each step
+    started: Tensor  # int64[layers, groups], the step whose shrink has started there
     addresses: Tensor  # int64[layers, modules, most columns]: of each column's row of B'
 
 
@@ -62,6 +64,8 @@ class ColumnBuffers:
             entry_counts=torch.zeros(modules, dtype=torch.int32, device=device),
             counts=torch.zeros(modules, dtype=torch.int32, device=device),
             h=torch.zeros((modules, rows, columns), dtype=tables.dtype, device=device),
+            epoch=torch.zeros(1, dtype=torch.int64, device=device),
+            started=torch.zeros((layers, len(GROUPS)), dtype=torch.int64, device=device),
             addresses=torch.zeros((layers, modules, columns), dtype=torch.int64, device=device),
         )
 
@@ -85,6 +89,7 @@ class ColumnBuffers:
             columns.counts,
             columns.h,
             columns.addresses,
+            columns.epoch,
             columns.entries.shape[1],
             columns.h.shape[2],
             ROWS=self._rows,
@@ -122,7 +127,7 @@ def _clear(
 @triton.jit
 def plan_kernel(
     tiles, tile_count, table, table_stride, out_bytes, zeros, entries, entry_counts, counts, h,
-    addresses, most_entries, most_columns,
+    addresses, epoch, most_entries, most_columns,
     ROWS: tl.constexpr, ROWS_P2: tl.constexpr, LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr,
     BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
     MODULE_HEAD: tl.constexpr, RECORDS: tl.constexpr, RECORD: tl.constexpr, LORA_B: tl.constexpr,
@@ -158,6 +163,8 @@ def plan_kernel(
     padded = (total + PADDING - 1) // PADDING * PADDING
     layer = tl.arange(0, LAYERS_P2)
     of_layer = (layer * MODULES + module).to(tl.int64)[:, None] * most_columns
+    if (tile == 0) & (module == 0):
+        tl.store(epoch, tl.load(epoch) + 1)
     if tile == 0:
         tl.store(entry_counts + module, tl.sum(blocks))
         tl.store(counts + module, padded)

@@ -10,7 +10,9 @@ too few to keep every multiprocessor busy, the input features are cut into split
 whoever reads y adds up.
 
 With programmatic dependent launch, a step with adapters starts on W x while their shrink still
-runs, and waits for it before the first rank. The x must then be complete when that shrink starts.
+runs, and waits for it only before the first rank. That the x is complete it hears from the shrink,
+which has waited for it, by way of `started`; nothing is left waiting for a program that could not
+start, since a dependent kernel starts when all programs of its predecessor have.
 """
 
 import triton
@@ -18,16 +20,16 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows_of_b(addresses, outs, like, wanted, RANKS: tl.constexpr):
-    """[RANKS, outs] of the rows of B' at these addresses, if wanted."""
-    address = tl.load(addresses + tl.arange(0, RANKS), mask=wanted, other=0)
+def _rows_of_b(address, outs, like, wanted):
+    """[ranks, outs] of the rows of B' at these addresses, if wanted."""
     row = tl.multiple_of(address.to(tl.pointer_type(like.dtype.element_ty)), 16)
     return tl.load(row[:, None] + outs[None, :], mask=wanted, other=0.0)
 
 
 @triton.jit(do_not_specialize=["module"])
 def linear_kernel(
-    x, weight, bias, y, rows_end, h, addresses, counts, module, most_columns, most_rows, like,
+    x, weight, bias, y, rows_end, h, addresses, counts, module, most_columns, most_rows,
+    like, epoch, started,
     N: tl.constexpr, K: tl.constexpr, OUT_0: tl.constexpr, OUT_1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, RANKS: tl.constexpr, RANK_STAGES: tl.constexpr, MODULES: tl.constexpr,
@@ -40,6 +42,8 @@ def linear_kernel(
     h          descriptor of [modules * most_rows, most_columns] in blocks [BLOCK_M, RANKS]
     addresses  of this layer, [modules, most_columns]
     like       a pointer to elements like B's
+    epoch      int64[1], the number of the step
+    started    int64[1], which the shrink sets to epoch when x is complete
     module     number of the group's first module, whose outputs are OUT_0; the next one's are OUT_1
     """
     if PDL and not LORA:
@@ -59,26 +63,26 @@ def linear_kernel(
     end = tl.minimum(start + of_split, steps)
     outs = n + tl.arange(0, BLOCK_N)
 
-    if LORA:  # the first ranks are there when the weight is through
+    if LORA:
         which = 0
         column = outs
-        if MODULES > 1:
-            if not GATED:
-                in_1 = (n >= OUT_0).to(tl.int32)
-                in_2 = (n >= OUT_0 + OUT_1).to(tl.int32)
-                which = in_1 + in_2
-                column = outs - in_1 * OUT_0 - in_2 * OUT_1
-        count = tl.load(counts + module + which)
-        ranks_of_split = tl.cdiv(count // RANKS, SPLITS) * RANKS
-        first = split * ranks_of_split
-        last = tl.minimum(first + ranks_of_split, count)
+        if MODULES > 1 and not GATED:
+            in_1 = (n >= OUT_0).to(tl.int32)
+            in_2 = (n >= OUT_0 + OUT_1).to(tl.int32)
+            which = in_1 + in_2
+            column = outs - in_1 * OUT_0 - in_2 * OUT_1
         of_module = addresses + (module + which).to(tl.int64) * most_columns
         of_up = of_module + most_columns
         h_row = (module + which) * most_rows + first_row
-        any_ranks = first < last
-        first_b = _rows_of_b(of_module + first, column, like, any_ranks, RANKS)
+        first = split * RANKS
+        count = tl.load(counts + module + which)  # asked for early, and needed late
+        address = tl.load(of_module + first + tl.arange(0, RANKS))
         if GATED:
-            first_up = _rows_of_b(of_up + first, column, like, any_ranks, RANKS)
+            up_address = tl.load(of_up + first + tl.arange(0, RANKS))
+        if PDL:
+            now = tl.load(epoch)
+            while tl.atomic_add(started, 0, sem="acquire", scope="gpu") != now:
+                pass
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = acc
@@ -90,21 +94,25 @@ def linear_kernel(
             up = tl.dot(weight.load([outputs + n, k]), xs, up, input_precision="ieee")
 
     if LORA:
+        any_ranks = first < count
+        b = _rows_of_b(address, column, like, any_ranks)
+        if GATED:
+            b_up = _rows_of_b(up_address, column, like, any_ranks)
         if PDL:
             tl.extra.cuda.gdc_wait()
         if any_ranks:
             hs = tl.trans(h.load([h_row, first]))
-            acc = tl.dot(tl.trans(first_b), hs, acc, input_precision="ieee")
+            acc = tl.dot(tl.trans(b), hs, acc, input_precision="ieee")
             if GATED:
                 hs = tl.trans(h.load([h_row + most_rows, first]))
-                up = tl.dot(tl.trans(first_up), hs, up, input_precision="ieee")
-        for c in tl.range(first + RANKS, last, RANKS, num_stages=RANK_STAGES):
+                up = tl.dot(tl.trans(b_up), hs, up, input_precision="ieee")
+        for c in tl.range(first + SPLITS * RANKS, count, SPLITS * RANKS, num_stages=RANK_STAGES):
             hs = tl.trans(h.load([h_row, c]))
-            b = _rows_of_b(of_module + c, column, like, True, RANKS)
+            b = _rows_of_b(tl.load(of_module + c + tl.arange(0, RANKS)), column, like, True)
             acc = tl.dot(tl.trans(b), hs, acc, input_precision="ieee")
             if GATED:
                 hs = tl.trans(h.load([h_row + most_rows, c]))
-                b = _rows_of_b(of_up + c, column, like, True, RANKS)
+                b = _rows_of_b(tl.load(of_up + c + tl.arange(0, RANKS)), column, like, True)
                 up = tl.dot(tl.trans(b), hs, up, input_precision="ieee")
     if BIAS:
         if split == 0:
