@@ -13,10 +13,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import settings_from
@@ -30,6 +32,7 @@ from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 
 PROMPT, RANK, PROMPTS_PER_STEP, DECODE_STEPS = 128, 16, 32, 40
+LAYER = 10  # of which every kernel is shown
 TOKENS = 256  # that a row may have
 
 
@@ -98,6 +101,22 @@ def host_seconds(worker: Worker, step: Step, steps: int) -> float:
     return host / steps
 
 
+def show_layer(events: Any) -> None:
+    """When each kernel of one layer, and of the next, started and ended."""
+    kernels = sorted(
+        (one for one in events if one.device_type == DeviceType.CUDA),
+        key=lambda one: one.time_range.start,
+    )
+    layers = [index for index, one in enumerate(kernels) if "_rotate_and_store" in one.name]
+    if len(layers) < LAYER + 3:
+        return
+    some = kernels[layers[LAYER] : layers[LAYER + 2] + 1]
+    start = some[0].time_range.start
+    for one in some:
+        begin, end = one.time_range.start - start, one.time_range.end - start
+        print(f"{begin:8.1f} to {end:8.1f} us {one.name[:60]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=128)
@@ -154,6 +173,7 @@ def main() -> None:
                 table = profiled.key_averages()
                 for row in sorted(table, key=lambda one: -one.self_device_time_total)[:16]:
                     print(f"{row.self_device_time_total:10.0f} us {row.count:6d}  {row.key[:90]}")
+                show_layer(profiled.events())
 
 
 if __name__ == "__main__":

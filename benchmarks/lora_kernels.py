@@ -55,15 +55,16 @@ def everywhere(**changes: int) -> dict[int, dict[str, int]]:
 VARIANTS: dict[str, Variant] = {
     "no dependent launch": Variant(pdl=False),
     "ranks in 3 stages": Variant(changes=everywhere(rank_stages=3)),
-    "wide": Variant(
+    "other blocks": Variant(
         changes={
             GATE_UP: {"block_n": 64, "stages": 5, "warps": 4},
             QKV: {"block_k": 128, "stages": 4},
-            OUT: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 6},
+            OUT: {"block_k": 128, "stages": 4},
             DOWN: {"block_n": 128, "block_k": 64, "splits": 4, "stages": 5},
         }
     ),
-    "shrink by 6 programs each": Variant(shrink=ShrinkTuning(programs=132 * 6)),
+    "shrink by 3 programs each": Variant(shrink=ShrinkTuning(programs=132 * 3)),
+    "shrink in 2 stages": Variant(shrink=ShrinkTuning(stages=2)),
 }
 
 

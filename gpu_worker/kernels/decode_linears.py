@@ -33,7 +33,8 @@ ROW_COLUMNS = 64  # columns that a row may have on average
 LEAST_COLUMNS = 2048
 MOST_ROWS = 128  # of a block
 LEAST_OUTPUTS = 16  # of a block
-STAGE_BYTES = 196608  # of shared memory for the blocks on their way
+STAGE_BYTES = 192 << 10  # of shared memory for the blocks on their way
+LORA_STAGE_BYTES = 176 << 10  # so that programs of the shrink may run beside
 
 
 class LinearTuning(NamedTuple):
@@ -53,9 +54,9 @@ class ShrinkTuning(NamedTuple):
 
     k_block: int = 256
     splits: int = 8
-    programs: int = 132 * 3
+    programs: int = 132 * 6
     warps: int = 2
-    stages: int = 2
+    stages: int = 1
 
 
 class DecodeLinears:
@@ -138,19 +139,22 @@ class DecodeLinears:
         block_m = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
         block_n = min(most_n, *(out & -out for out in outs))
         tiles = (outs[0] if gated else sum(outs)) // block_n * -(-rows // block_m)
-        block_k = 128 if len(outs) == 1 else 64
+        block_k = 128 if len(outs) == 1 and not lora else 64
         splits = 1
         if len(outs) == 1:  # the norm that follows adds the splits up
             while splits < 8 and tiles * splits * 2 <= self._processors:
                 splits *= 2
+        budget = LORA_STAGE_BYTES if lora else STAGE_BYTES
+        if gated:
+            budget -= 32768
         stage_bytes = (block_m + block_n * (2 if gated else 1)) * block_k * 2
         return LinearTuning(
             block_m=block_m,
             block_n=block_n,
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
-            stages=max(2, min(8, (STAGE_BYTES - (32768 if gated else 0)) // stage_bytes)),
-            rank_stages=5 if gated else 6,
+            stages=max(2, min(8, budget // stage_bytes)),
+            rank_stages=4 if gated else 6,
             warps=8 if block_n == 128 else 4,
         )._replace(**self._changes.get(group, {}))
 
@@ -206,8 +210,6 @@ class DecodePlan:
             owner.most_columns,
             owner.most_rows,
             x,
-            None if columns is None else columns.epoch,
-            None if columns is None else columns.started[layer, group : group + 1],
             N=n,
             K=k,
             OUT_0=outs[0],
@@ -247,8 +249,6 @@ class DecodePlan:
             columns.entries.shape[1],
             owner.most_columns,
             owner.most_rows,
-            columns.epoch,
-            columns.started[layer, group : group + 1],
             K=x.shape[1],
             MODULES=len(GROUPS[group]),
             BLOCK_M=TILE_ROWS,

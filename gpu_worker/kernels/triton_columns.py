@@ -34,8 +34,6 @@ class Columns(NamedTuple):
     entry_counts: Tensor  # int32[modules]
     counts: Tensor  # int32[modules]: columns, a multiple of PADDING
     h: Tensor  # [modules, rows, most columns], 0 until a shrink writes the rows of each run
-    epoch: Tensor  # int64[1], another one for each step
-    started: Tensor  # int64[layers, groups], the step whose shrink has started there
     addresses: Tensor  # int64[layers, modules, most columns]: of each column's row of B'
 
 
@@ -64,8 +62,6 @@ class ColumnBuffers:
             entry_counts=torch.zeros(modules, dtype=torch.int32, device=device),
             counts=torch.zeros(modules, dtype=torch.int32, device=device),
             h=torch.zeros((modules, rows, columns), dtype=tables.dtype, device=device),
-            epoch=torch.zeros(1, dtype=torch.int64, device=device),
-            started=torch.zeros((layers, len(GROUPS)), dtype=torch.int64, device=device),
             addresses=torch.zeros((layers, modules, columns), dtype=torch.int64, device=device),
         )
 
@@ -89,7 +85,6 @@ class ColumnBuffers:
             columns.counts,
             columns.h,
             columns.addresses,
-            columns.epoch,
             columns.entries.shape[1],
             columns.h.shape[2],
             ROWS=self._rows,
@@ -127,7 +122,7 @@ def _clear(
 @triton.jit
 def plan_kernel(
     tiles, tile_count, table, table_stride, out_bytes, zeros, entries, entry_counts, counts, h,
-    addresses, epoch, most_entries, most_columns,
+    addresses, most_entries, most_columns,
     ROWS: tl.constexpr, ROWS_P2: tl.constexpr, LAYERS: tl.constexpr, LAYERS_P2: tl.constexpr,
     BLOCK_T: tl.constexpr, MODULES: tl.constexpr,
     MODULE_HEAD: tl.constexpr, RECORDS: tl.constexpr, RECORD: tl.constexpr, LORA_B: tl.constexpr,
@@ -163,8 +158,6 @@ def plan_kernel(
     padded = (total + PADDING - 1) // PADDING * PADDING
     layer = tl.arange(0, LAYERS_P2)
     of_layer = (layer * MODULES + module).to(tl.int64)[:, None] * most_columns
-    if (tile == 0) & (module == 0):
-        tl.store(epoch, tl.load(epoch) + 1)
     if tile == 0:
         tl.store(entry_counts + module, tl.sum(blocks))
         tl.store(counts + module, padded)

@@ -14,7 +14,7 @@ from gpu_worker.kernels.triton_step import share
 @triton.jit(do_not_specialize=["record", "module"])
 def decode_shrink_kernel(
     x, table, table_stride, record, module, entries, entry_counts, h, parts, arrivals,
-    most_entries, most_columns, most_rows, epoch, started,
+    most_entries, most_columns, most_rows,
     K: tl.constexpr, MODULES: tl.constexpr, BLOCK_M: tl.constexpr, RANKS: tl.constexpr,
     BLOCK_K: tl.constexpr, MOST_SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
     ENTRY_SIZE: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
@@ -25,14 +25,7 @@ def decode_shrink_kernel(
     h         [modules, most_rows, most_columns]
     parts     fp32[PROGRAMS, BLOCK_M, RANKS]
     arrivals  int32[PROGRAMS], all 0 before and after
-    epoch     int64[1], the number of the step
-    started   int64[1], set to it when x is complete
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-        if tl.program_id(0) == 0:
-            tl.atomic_xchg(started, tl.load(epoch), sem="release", scope="gpu")
     count_0 = tl.load(entry_counts + module)
     items = count_0
     count_1 = 0
@@ -68,6 +61,9 @@ def decode_shrink_kernel(
         x_row = x + row * K
         a_row = tl.multiple_of(lora_a.to(tl.pointer_type(x.dtype.element_ty)), 16)
         a_row += (rank_start + r).to(tl.int64) * K
+        if PDL:  # all above was there before the step's first layer
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         start = split * part
         end = tl.minimum(start + part, K)
         end = tl.where(rank_start < rank, end, start)
@@ -106,3 +102,5 @@ def decode_shrink_kernel(
                     )
                 tl.store(target, total, mask=mask)
                 tl.store(arrivals + item // splits, 0)
+    if PDL:  # a program without items as well
+        tl.extra.cuda.gdc_wait()

@@ -10,9 +10,8 @@ too few to keep every multiprocessor busy, the input features are cut into split
 whoever reads y adds up.
 
 With programmatic dependent launch, a step with adapters starts on W x while their shrink still
-runs, and waits for it only before the first rank. That the x is complete it hears from the shrink,
-which has waited for it, by way of `started`; nothing is left waiting for a program that could not
-start, since a dependent kernel starts when all programs of its predecessor have.
+runs, and waits for it only before the first rank. The x is complete by then, because the shrink has
+waited for it before it lets this kernel start.
 """
 
 import triton
@@ -29,7 +28,7 @@ def _rows_of_b(address, outs, like, wanted):
 @triton.jit(do_not_specialize=["module"])
 def linear_kernel(
     x, weight, bias, y, rows_end, h, addresses, counts, module, most_columns, most_rows,
-    like, epoch, started,
+    like,
     N: tl.constexpr, K: tl.constexpr, OUT_0: tl.constexpr, OUT_1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     STAGES: tl.constexpr, RANKS: tl.constexpr, RANK_STAGES: tl.constexpr, MODULES: tl.constexpr,
@@ -42,8 +41,6 @@ def linear_kernel(
     h          descriptor of [modules * most_rows, most_columns] in blocks [BLOCK_M, RANKS]
     addresses  of this layer, [modules, most_columns]
     like       a pointer to elements like B's
-    epoch      int64[1], the number of the step
-    started    int64[1], which the shrink sets to epoch when x is complete
     module     number of the group's first module, whose outputs are OUT_0; the next one's are OUT_1
     """
     if PDL and not LORA:
@@ -79,10 +76,6 @@ def linear_kernel(
         address = tl.load(of_module + first + tl.arange(0, RANKS))
         if GATED:
             up_address = tl.load(of_up + first + tl.arange(0, RANKS))
-        if PDL:
-            now = tl.load(epoch)
-            while tl.atomic_add(started, 0, sem="acquire", scope="gpu") != now:
-                pass
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     up = acc
@@ -114,7 +107,7 @@ def linear_kernel(
                 hs = tl.trans(h.load([h_row + most_rows, c]))
                 b = _rows_of_b(tl.load(of_up + c + tl.arange(0, RANKS)), column, like, True)
                 up = tl.dot(tl.trans(b), hs, up, input_precision="ieee")
-    if BIAS:
+    if BIAS:  # noqa: SIM102, the other condition is on the device
         if split == 0:
             acc += tl.load(bias + outs).to(tl.float32)[:, None]
             if GATED:
