@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import settings_from

@@ -93,7 +93,7 @@ class Timer:
         self._flush = torch.empty(256 << 20, dtype=torch.uint8, device=device)
         self._rounds = rounds
 
-    def graph(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    def graph(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         work()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

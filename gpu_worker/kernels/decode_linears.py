@@ -50,13 +50,16 @@ class LinearTuning(NamedTuple):
 
 
 class ShrinkTuning(NamedTuple):
-    """Sizes of blocks and launches of the shrink."""
+    """Sizes of blocks and launches of the shrink.
+
+    splits  the most parts into which the input features of an entry are cut
+    """
 
     k_block: int = 256
-    splits: int = 8
-    programs: int = 132 * 6
+    splits: int = 32
+    programs: int = 132 * 4
     warps: int = 2
-    stages: int = 1
+    stages: int = 2
 
 
 class DecodeLinears:
@@ -154,7 +157,7 @@ class DecodeLinears:
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
             stages=max(2, min(8, budget // stage_bytes)),
-            rank_stages=4 if gated else 6,
+            rank_stages=5 if gated else 7,
             warps=8 if block_n == 128 else 4,
         )._replace(**self._changes.get(group, {}))
 
@@ -234,6 +237,7 @@ class DecodePlan:
 
     def _shrink(self, x: Tensor, layer: int, group: int, columns: Columns) -> None:
         owner, tuning = self._owner, self._owner.shrink_tuning
+        k_block = min(tuning.k_block, triton.next_power_of_2(x.shape[1]))
         table = owner.tables.table
         decode_shrink_kernel[(tuning.programs,)](
             x,
@@ -253,8 +257,8 @@ class DecodePlan:
             MODULES=len(GROUPS[group]),
             BLOCK_M=TILE_ROWS,
             RANKS=RANKS,
-            BLOCK_K=min(tuning.k_block, triton.next_power_of_2(x.shape[1])),
-            MOST_SPLITS=tuning.splits,
+            BLOCK_K=k_block,
+            MOST_SPLITS=min(tuning.splits, triton.next_power_of_2(x.shape[1] // k_block)),
             PROGRAMS=tuning.programs,
             ENTRY_SIZE=ENTRY,
             RECORD=RECORD,

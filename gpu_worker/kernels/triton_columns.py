@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpu_worker.kernels.adapter_tables import LORA_B, MODULE_HEAD, RANK, RECORD, AdapterTables
-from gpu_worker.layers import GATE_UP
-from pipeline.adapter_layout import GROUPS, MAX_RANK, MODULES
+from pipeline.adapter_layout import MAX_RANK, MODULES
 
 RANKS = 16  # of a block: the least that a tensor core multiplies
 PADDING = 64  # columns that are multiplied at once
@@ -98,8 +97,8 @@ class ColumnBuffers:
             RECORD=RECORD,
             LORA_B=LORA_B,
             RANK=RANK,
-            GATE=GROUPS[GATE_UP][0],
-            UP=GROUPS[GATE_UP][1],
+            GATE=MODULES.index("gate_proj"),
+            UP=MODULES.index("up_proj"),
             ENTRY_SIZE=ENTRY,
             RANKS=RANKS,
             PADDING=PADDING,
