@@ -51,6 +51,19 @@ def serving(scene: Scene) -> Iterator[Engine]:
 
 
 def _serve(scene: Scene, folder: Path) -> Iterator[Engine]:
+    settings, written = prepare(scene, folder)
+    with Engine(settings, folder / "logs") as engine:
+        print(
+            f"{machine()}, {engine.facts['gpu_worker'].get('device_name')}, commit {commit()}; "
+            f"{len(scene.kinds)} adapters written in {written:.1f} s, "
+            f"ready after {engine.start_seconds:.1f} s\n",
+            flush=True,
+        )
+        yield engine
+
+
+def prepare(scene: Scene, folder: Path) -> tuple[Settings, float]:
+    """Write a scene's model and adapters. Returns its settings, and the seconds that this took."""
     model = make_model(scene.model, folder)
     adapters = folder / ADAPTERS
     adapters.mkdir()
@@ -69,14 +82,7 @@ def _serve(scene: Scene, folder: Path) -> Iterator[Engine]:
         },
         scene.changes,
     )
-    with Engine(settings, folder / "logs") as engine:
-        print(
-            f"{machine()}, {engine.facts['gpu_worker'].get('device_name')}, commit {commit()}; "
-            f"{len(scene.kinds)} adapters written in {written:.1f} s, "
-            f"ready after {engine.start_seconds:.1f} s\n",
-            flush=True,
-        )
-        yield engine
+    return settings, written
 
 
 def _exit(_signal: int, _frame: object) -> None:

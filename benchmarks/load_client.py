@@ -1,6 +1,8 @@
 """Many SSE streams at once from one process: a client that costs little and checks what it gets.
 
-    python -m benchmarks.load_client HOST PORT STREAMS TOKENS
+    python -m benchmarks.load_client HOST PORT STREAMS TOKENS [PROMPTS]
+
+PROMPTS is a JSON file of [model, prompt] for each stream.
 
 Each stream is one POST to /v1/completions over a non-blocking socket. Events are counted, not
 parsed, but for the last ones, which say how many tokens there were. Prints one JSON object.
@@ -12,6 +14,8 @@ import selectors
 import socket
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -34,10 +38,10 @@ class Load(msgspec.Struct, frozen=True):
 class Stream:
     """One reply as it arrives."""
 
-    def __init__(self, host: str, port: int, tokens: int, number: int) -> None:
+    def __init__(self, host: str, port: int, tokens: int, model: str, prompt: str) -> None:
         body = {
-            "model": "",
-            "prompt": f"Stream {number}: once upon a time",
+            "model": model,
+            "prompt": prompt,
             "max_tokens": tokens,
             "ignore_eos": True,
             "temperature": 0,
@@ -76,11 +80,11 @@ class Stream:
             raise SystemExit(f"{usages} tokens instead of {self._expected}: {self._tail!r}")
 
 
-def load(host: str, port: int, streams: int, tokens: int) -> Load:
-    """Run all streams to their ends."""
+def load(host: str, port: int, tokens: int, prompts: Sequence[tuple[str, str]]) -> Load:
+    """Run a stream for each (model, prompt) to its end, all at once."""
     selector = selectors.DefaultSelector()
-    for number in range(streams):
-        stream = Stream(host, port, tokens, number)
+    for model, prompt in prompts:
+        stream = Stream(host, port, tokens, model, prompt)
         selector.register(stream.socket, selectors.EVENT_READ, stream)
     everyone: list[Stream] = [key.data for key in selector.get_map().values()]
     started = time.perf_counter()
@@ -88,7 +92,7 @@ def load(host: str, port: int, streams: int, tokens: int) -> Load:
         stream.send()
     waiting = set(everyone)  # for their first event
     first = 0.0
-    open_streams = streams
+    open_streams = len(prompts)
     while open_streams:
         for key, _ in selector.select():
             stream = key.data
@@ -105,13 +109,16 @@ def load(host: str, port: int, streams: int, tokens: int) -> Load:
         stream.socket.close()
     return Load(
         seconds=seconds,
-        tokens=streams * tokens,
+        tokens=len(prompts) * tokens,
         events=sum(stream.events for stream in everyone),
         first_token_seconds=first,
     )
 
 
 if __name__ == "__main__":
-    _, host, port, streams, tokens = sys.argv
-    result = load(host, int(port), int(streams), int(tokens))
+    _, host, port, streams, tokens, *files = sys.argv
+    made = [("", f"Stream {number}: once upon a time") for number in range(int(streams))]
+    for file in files:
+        made = json.loads(Path(file).read_text())
+    result = load(host, int(port), int(tokens), made)
     sys.stdout.write(msgspec.json.encode(result).decode() + "\n")

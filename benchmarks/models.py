@@ -4,6 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
@@ -48,6 +52,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float32",
     },
 }
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A tokenizer for a model of make_model: token i is the word `wi`."""
+    config = json.loads((folder / "config.json").read_text())
+    vocabulary = {f"w{number}": number for number in range(config["vocab_size"])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}) + "\n")
 
 
 def make_model(name: str, parent: Path) -> Path:

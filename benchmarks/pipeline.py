@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,28 +36,28 @@ from pipeline.model_folder import model_folder
 CORES = 2
 STEP_SECONDS = (0.0, 0.003)
 MODULES = {
-    "frontend": "frontend",
-    "tokenizer_workers": "tokenizer_workers",
-    "scheduler": "scheduler",
-    "adapter_loader": "adapter_loader",
-    "gpu_worker": "benchmarks.instant_worker",
+    name: (name,)
+    for name in ("frontend", "tokenizer_workers", "scheduler", "adapter_loader", "gpu_worker")
 }
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 
 class Pipeline:
-    """The five processes. What each prints is in a file of its name."""
+    """The five processes. What each prints is in a file of its name.
 
-    def __init__(self, settings: Settings, step_seconds: float, logs: Path) -> None:
+    modules  what each process runs: a module and its arguments
+    """
+
+    def __init__(
+        self, settings: Settings, modules: Mapping[str, Sequence[str]], logs: Path
+    ) -> None:
         self._logs = logs
         self._arena = arena_path(settings.run_folder())
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = {**others, **to_environment(settings), "LORADEX_CONFIG": os.devnull}
         self._processes: dict[str, subprocess.Popen[str]] = {}
-        for name, module in MODULES.items():
-            command = [sys.executable, "-m", module]
-            if name == "gpu_worker":
-                command.append(str(step_seconds))
+        for name, module in modules.items():
+            command = [sys.executable, "-m", *module]
             self._processes[name] = self._start(name, command, environment)
 
     def _start(
@@ -76,16 +77,13 @@ class Pipeline:
     def cpu_seconds(self) -> dict[str, float]:
         return {name: cpu_seconds(process.pid) for name, process in self._processes.items()}
 
-    def stop(self) -> int:
-        """End all; returns how many steps the GPU worker ran."""
+    def stop(self) -> None:
+        """End all."""
         for process in self._processes.values():
             process.send_signal(signal.SIGTERM)
         for name, process in self._processes.items():
             if code := process.wait(60):
                 raise SystemExit(f"{name} ended with {code}")
-        found = re.search(r"steps=(\d+)", (self._logs / "gpu_worker").read_text())
-        assert found is not None
-        return int(found[1])
 
     def kill(self) -> None:
         for process in self._processes.values():
@@ -117,25 +115,19 @@ def measure(streams: int, tokens: int, step_seconds: float, folder: Path) -> dic
         rows=streams,
         step_tokens=max(512, streams),
     )
-    pipeline = Pipeline(settings, step_seconds, folder)
+    modules = {**MODULES, "gpu_worker": ("benchmarks.instant_worker", str(step_seconds))}
+    pipeline = Pipeline(settings, modules, folder)
     try:
         pipeline.wait_until_ready()
         before = pipeline.cpu_seconds() | {"client": children_cpu_seconds()}
-        client = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.load_client"),
-                *(settings.host, str(settings.port), str(streams), str(tokens)),
-            ],
-            stdout=subprocess.PIPE,
-        )
-        printed, _ = client.communicate()
+        load = run_client(settings, str(streams), str(tokens))
         after = pipeline.cpu_seconds() | {"client": children_cpu_seconds()}
-        if client.returncode:
-            raise SystemExit("the client was not served as it should be")
-        steps = pipeline.stop()
+        pipeline.stop()
     finally:
         pipeline.kill()
-    load = msgspec.json.decode(printed, type=Load)
+    found = re.search(r"steps=(\d+)", (folder / "gpu_worker").read_text())
+    assert found is not None
+    steps = int(found[1])
     used = {name: after[name] - before[name] for name in before}
     return {
         "streams": streams,
@@ -147,6 +139,21 @@ def measure(streams: int, tokens: int, step_seconds: float, folder: Path) -> dic
             name: 1e6 * seconds / steps for name, seconds in used.items()
         },
     }
+
+
+def run_client(settings: Settings, *arguments: str) -> Load:
+    """A load client as a process of its own."""
+    client = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.load_client"),
+            *(settings.host, str(settings.port), *arguments),
+        ],
+        stdout=subprocess.PIPE,
+        check=False,
+    )
+    if client.returncode:
+        raise SystemExit("the client was not served as it should be")
+    return msgspec.json.decode(client.stdout, type=Load)
 
 
 def free_port() -> int:
