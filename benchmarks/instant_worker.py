@@ -15,7 +15,9 @@ from functools import partial
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterPlaced,
     AttachArena,
+    PlaceAdapter,
     ProcessReady,
     Shutdown,
     Step,
@@ -84,6 +86,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
                     done_at = max(done_at + step_seconds, time.monotonic())
                     time.sleep(max(0.0, done_at - time.monotonic()))
                     outbox.send("scheduler", worker.run(message))
+                case PlaceAdapter():
+                    outbox.send("scheduler", AdapterPlaced(message.copy.slot))
                 case Shutdown():
                     working = False
                 case AttachArena():

@@ -1,13 +1,16 @@
 """The adapter pool: packed adapters in one run of device memory, where the scheduler puts them."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
 
 import torch
 from torch import Tensor
 
+from gpu_worker.arrivals import Arrivals
 from gpu_worker.device import zeros
 from gpu_worker.kernels import Adapter, GroupWeights
+from gpu_worker.kernels.segments import Segment
 from pipeline.adapter_layout import (
     GROUPS,
     MODULES,
@@ -17,7 +20,7 @@ from pipeline.adapter_layout import (
     layout,
     unpack_ranks,
 )
-from pipeline.messages import AdapterCopy
+from pipeline.messages import AdapterCopy, PlaceAdapter
 
 
 class AdapterPool:
@@ -41,6 +44,7 @@ class AdapterPool:
         self._arena: Tensor | None = None
         self._adapters: dict[int, Adapter] = {}
         self._versions = 0
+        self._placed: deque[int] = deque()
 
     @property
     def adapters(self) -> Mapping[int, Adapter]:
@@ -51,21 +55,33 @@ class AdapterPool:
         """Copy out of this from now on; it stays mapped as long as the pool holds it."""
         self._arena = torch.frombuffer(arena, dtype=torch.uint8)
 
-    def copy(self, copies: Iterable[AdapterCopy]) -> int:
-        """Bring adapters in, each in place of what its slot held. Returns the bytes copied.
+    def place(self, message: PlaceAdapter) -> None:
+        """Bring an adapter in, in place of what its slot held; it is there when this returns."""
+        self._copy(message.copy)
+        self._placed.append(message.copy.slot)
 
-        The arena is not read any more when this returns.
-        """
-        copied = 0
-        for copy in copies:
-            if self._arena is None:
-                raise ValueError("an adapter is to be copied before the arena is attached")
-            target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
-            target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
-            self._versions += 1
-            self._adapters[copy.slot] = self._views(target, unpack_ranks(copy.ranks))
-            copied += copy.nbytes
-        return copied
+    def placed(self) -> list[int]:
+        """Slots of the placements since the last call, in their order."""
+        slots = list(self._placed)
+        self._placed.clear()
+        return slots
+
+    @property
+    def is_placing(self) -> bool:
+        """Whether `placed` has more to say."""
+        return bool(self._placed)
+
+    def arrivals(self, segments: Iterable[Segment]) -> Arrivals | None:
+        """What a step of these segments has to wait for: nothing, here."""
+        return None
+
+    def _copy(self, copy: AdapterCopy) -> None:
+        if self._arena is None:
+            raise ValueError("an adapter is to be copied before the arena is attached")
+        target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
+        target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
+        self._versions += 1
+        self._adapters[copy.slot] = self._views(target, unpack_ranks(copy.ranks))
 
     def _views(self, packed: Tensor, ranks: Sequence[int]) -> Adapter:
         places = layout(ranks, self.shapes, self._dtype.itemsize)

@@ -65,6 +65,9 @@ class EagerForward:
     def run(self, host: HostBatch, history: History) -> Tensor:
         positions = self._tensor(host.positions)
         segments = host.segments
+        arrivals = self._adapters.arrivals(segments)
+        if arrivals is not None:
+            arrivals.enter(0)  # the plan reads the adapters' tables, which come first
         step = Pass(
             token_ids=history.read(self._tensor(host.token_rows), positions),
             sampled=self._tensor(host.sampled),
@@ -72,6 +75,7 @@ class EagerForward:
             attention=self._attention.plan(host.sequences),
             kv_cache=self._kv_cache,
             lora=self._lora.plan(segments, self._adapters.adapters) if segments else None,
+            enter=None if arrivals is None else arrivals.enter,
         )
         return self._decoder.forward(step)
 
@@ -86,16 +90,31 @@ class EagerForward:
 
 
 class GraphedForward:
-    """Decode steps as CUDA graphs, all others eagerly."""
+    """Decode steps as CUDA graphs, all others eagerly.
 
-    def __init__(self, *, eager: EagerForward, graphs: DecodeGraphs, device: torch.device) -> None:
+    A graph cannot wait on its way, so such a step waits for whole adapters: rarely, since a row
+    is decoded after its prefill.
+    """
+
+    def __init__(
+        self,
+        *,
+        eager: EagerForward,
+        graphs: DecodeGraphs,
+        adapters: AdapterPool | CudaAdapterPool,
+        device: torch.device,
+    ) -> None:
         self._eager = eager
         self._graphs = graphs
+        self._adapters = adapters
         self._device = device
 
     def run(self, host: HostBatch, history: History) -> Tensor:
         if not self._graphs.holds(host):
             return self._eager.run(host, history)
+        arrivals = self._adapters.arrivals(host.segments)
+        if arrivals is not None:
+            arrivals.enter_all()
         logits = self._graphs.run(host)
         if (host.sampled[1:] > host.sampled[:-1]).all():
             return logits

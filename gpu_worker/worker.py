@@ -24,7 +24,7 @@ from gpu_worker.forward import Forward
 from gpu_worker.history import History
 from gpu_worker.rows import RowTable
 from gpu_worker.sampling import SampledRows, sample
-from pipeline.messages import NewRow, Step, StepDone
+from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
 
 
 class Launched:
@@ -100,6 +100,14 @@ class Worker:
         """Adapters are copied out of this from now on."""
         self.adapters.attach_arena(arena)
 
+    @torch.inference_mode()
+    def place(self, message: PlaceAdapter) -> None:
+        """Start to bring an adapter in: steps that are launched from now on find it there, and
+        wait if they must."""
+        self.adapters.place(message)
+        self._figures.copied_bytes.inc(message.copy.nbytes)
+        self._figures.copies.inc()
+
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""
         launched = self.launch(step)
@@ -133,9 +141,6 @@ class Worker:
             self._figures.step_seconds.observe(launched.seconds)
 
     def _change(self, step: Step) -> None:
-        if step.copies:
-            self._figures.copied_bytes.inc(self.adapters.copy(step.copies))
-            self._figures.copies.inc(len(step.copies))
         self.rows.free(np.frombuffer(step.free_rows, np.int32))
         fresh = self._take(step.new_rows)
         appended = np.frombuffer(step.blocks, np.int32)

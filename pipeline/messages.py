@@ -176,10 +176,10 @@ class AttachArena(Message, frozen=True):
 
 
 class AdapterCopy(Value, frozen=True):
-    """Copy a staged adapter from the arena to the pool, before anything else of its step.
+    """Copy a staged adapter from the arena to the pool.
 
     The slot is the adapter's number in the worker's table; a slot that is given again is
-    overwritten. The arena extent is leased until the step is done.
+    overwritten.
     """
 
     slot: int
@@ -187,6 +187,17 @@ class AdapterCopy(Value, frozen=True):
     arena_offset: int  # bytes
     nbytes: int
     ranks: bytes  # int16[layers, modules], see adapter_layout
+
+
+class PlaceAdapter(Message, frozen=True):
+    """scheduler -> gpu_worker: bring an adapter into the pool, beside the steps.
+
+    Steps that are sent later find it there, and wait only if they use it before it has arrived.
+    No step sent earlier that is not done uses its slot, or what its bytes overwrite. Each is
+    answered by one AdapterPlaced, in order; until then its arena extent is leased.
+    """
+
+    copy: AdapterCopy
 
 
 class NewRow(Value, frozen=True):
@@ -209,7 +220,7 @@ class NewRow(Value, frozen=True):
 class Step(Message, frozen=True):
     """scheduler -> gpu_worker: change the row table, then run one forward pass.
 
-    Applied in this order: copies, free_rows, new_rows, appended blocks, forward pass.
+    Applied in this order: free_rows, new_rows, appended blocks, forward pass.
 
     A decode row feeds the token that was sampled for it last, which the worker keeps, at the next
     position. A prefill chunk feeds token_ids[start : start + count] of its row. A token is sampled
@@ -224,7 +235,6 @@ class Step(Message, frozen=True):
     blocks: bytes = b""
     free_rows: bytes = b""
     new_rows: tuple[NewRow, ...] = ()
-    copies: tuple[AdapterCopy, ...] = ()
 
 
 # --- gpu_worker -> scheduler ---------------------------------------------------------------------
@@ -250,6 +260,13 @@ class StepDone(Message, frozen=True):
     step_id: int
     token_ids: bytes
     logprobs: bytes = b""  # float32[sampled], or empty when no row of the step wants them
+    index: int = 0
+
+
+class AdapterPlaced(Message, frozen=True):
+    """gpu_worker -> scheduler: the oldest PlaceAdapter is done, the arena is not read for it."""
+
+    slot: int
     index: int = 0
 
 
@@ -377,10 +394,11 @@ ToScheduler = (
     | Cancel
     | WorkerReady
     | StepDone
+    | AdapterPlaced
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
     | Shutdown
 )
-ToGpuWorker = AttachArena | Step | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
 ToAdapterLoader = LoadAdapter | ReleaseAdapter | Shutdown

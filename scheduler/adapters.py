@@ -7,9 +7,14 @@
 An adapter is pinned by the sequences that run with it, by those whose last rows are still in
 flight, and by its own copy. One that is not pinned can be evicted for a waiting sequence that came
 before all those that wait for it, so the oldest always gets its room in the end.
+
+Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
+arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
+the step would hold up all its rows for.
 """
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 
 from pipeline.messages import (
@@ -18,6 +23,7 @@ from pipeline.messages import (
     AdapterStaged,
     Failure,
     LoadAdapter,
+    PlaceAdapter,
     ReleaseAdapter,
 )
 from scheduler import failures
@@ -25,20 +31,23 @@ from scheduler.adapter_pool import AdapterPool, Extent
 from scheduler.policy import MAX_OVERTAKING_SECONDS, ReadyQueue, by_order, discard
 from scheduler.sequence import Sequence
 
+MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+
 Failed = list[tuple[Sequence, Failure]]
 
 
 class Adapter:
     """One adapter that is not absent."""
 
-    __slots__ = ("extent", "key", "last_used", "pins", "staged", "staged_at", "waiting")
+    __slots__ = ("admits", "extent", "key", "last_used", "pins", "staged", "staged_at", "waiting")
 
     def __init__(self, key: AdapterKey) -> None:
         self.key = key
         self.waiting: list[Sequence] = []  # in order; those that want to start with it
         self.staged: AdapterStaged | None = None  # the latest answer of the loader
         self.staged_at = 0.0
-        self.extent: Extent | None = None  # while it is resident
+        self.extent: Extent | None = None  # while it is resident, or its copy is on its way
+        self.admits = False  # those that wait may start
         self.pins = 0
         self.last_used = 0  # counts up over all adapters
 
@@ -70,6 +79,7 @@ class Adapters:
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._load_deadline_of: dict[AdapterKey, float] = {}  # soonest first
         self._without_room: list[Adapter] = []  # staged, not resident
+        self._arriving: deque[Adapter] = deque()  # their copies, in order
         self._room_may_be_found = False
         self._uses = 0
 
@@ -96,7 +106,7 @@ class Adapters:
         if adapter is None:
             adapter = self._load(Adapter(key), sequence.adapter_token, now)
         insort(adapter.waiting, sequence, key=by_order)
-        if adapter.extent is not None:
+        if adapter.admits:
             self._ready.add(sequence)
         elif adapter.staged is None and key not in self._load_deadline_of:
             self._load_deadline_of[key] = now + self._load_seconds  # the answer is overdue already
@@ -178,14 +188,14 @@ class Adapters:
         adapter = self._passed_too_long(now)
         return None if adapter is None else adapter.waiting[0]
 
-    def place(self, now: float) -> tuple[list[tuple[AdapterKey, AdapterCopy]], Failed]:
+    def place(self, now: float) -> tuple[list[PlaceAdapter], Failed]:
         """Find room in the pool for staged adapters, the one that is waited for longest first.
 
-        Returns those that have got it, pinned, with what the worker has to do for them; `copied`
-        ends the pin. And the sequences that have to fail, since their adapter is larger than the
-        whole pool.
+        Returns what the worker has to do for those that have got it; they are pinned until it is
+        `placed`. And the sequences that have to fail, since their adapter is larger than the whole
+        pool.
         """
-        copies: list[tuple[AdapterKey, AdapterCopy]] = []
+        placements: list[PlaceAdapter] = []
         failed: Failed = []
         while self._room_may_be_found and self._without_room:
             passed = self._passed_too_long(now)
@@ -194,17 +204,34 @@ class Adapters:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
                 elif self._find_room(adapter, now):
-                    copies.append((adapter.key, _copy(adapter)))
+                    placements.append(PlaceAdapter(_copy(adapter)))
                 elif not adapter.waiting:
                     self._give_up(adapter)
             # with the passed one out of the way it is the others' turn
             self._room_may_be_found = passed is not None and len(self._without_room) < before
-        return copies, failed
+        self._admit()
+        return placements, failed
 
-    def copied(self, key: AdapterKey) -> None:
-        """The copy is done, so the arena is not read any more."""
-        self._release(self._adapter_of[key])
-        self.unpin(key)
+    def placed(self, slot: int) -> None:
+        """The oldest placement is done, so the arena is not read for it any more."""
+        adapter = self._arriving.popleft()
+        if adapter.extent is None or adapter.extent.slot != slot:
+            raise RuntimeError(f"slot {slot} is filled out of order")
+        self._release(adapter)
+        self.unpin(adapter.key)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let those start whose adapter has arrived, or is about to."""
+        ahead = 0
+        for adapter in self._arriving:
+            if ahead > MAX_BYTES_AHEAD:
+                return
+            ahead += _nbytes(adapter)
+            if not adapter.admits:
+                adapter.admits = True
+                for sequence in adapter.waiting:
+                    self._ready.add(sequence)
 
     def _find_room(self, adapter: Adapter, now: float) -> bool:
         candidates = [
@@ -221,8 +248,7 @@ class Adapters:
         self._without_room.remove(adapter)
         adapter.pins += 1
         self._touch(adapter)
-        for sequence in adapter.waiting:
-            self._ready.add(sequence)
+        self._arriving.append(adapter)
         for extent in evicted:
             self._evicted(self._adapter_of[extent.key], now)
         return True
@@ -230,6 +256,7 @@ class Adapters:
     def _evicted(self, adapter: Adapter, now: float) -> None:
         adapter.extent = None
         adapter.staged = None
+        adapter.admits = False
         if not adapter.waiting:
             del self._adapter_of[adapter.key]
             return

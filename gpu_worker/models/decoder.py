@@ -1,6 +1,6 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3, which differ only in numbers and switches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ class Pass(NamedTuple):
 
     sampled  int64[sampled], the tokens whose logits are wanted; None: all
     lora     None: no token has an adapter
+    enter    called with each layer's number before anything of it is launched
     """
 
     token_ids: Tensor  # int64[tokens]
@@ -32,6 +33,7 @@ class Pass(NamedTuple):
     attention: AttentionPlan
     kv_cache: KvCache
     lora: LoraPlan | None
+    enter: Callable[[int], None] | None = None
 
     def linear(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
         """A group of linear layers, with each token's adapter."""
@@ -68,6 +70,8 @@ class Decoder:
         x = step.ops.norm(residual, self._layers[0].input_norm)
         after = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, after, strict=True)):
+            if step.enter is not None:
+                step.enter(index)
             x = step.ops.add_norm(self._attention(index, layer, x, step), residual, layer.mlp_norm)
             x = step.ops.add_norm(self._mlp(index, layer, x, step), residual, next_norm)
         if step.sampled is not None:

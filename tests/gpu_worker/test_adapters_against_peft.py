@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 
 from gpu_worker.worker import Worker
-from pipeline.messages import Step
+from pipeline.messages import PlaceAdapter
 from tests.gpu_worker.driving import Driver, make_worker, prompt
 from tests.gpu_worker.packing import Packed, arena_of
 from tests.gpu_worker.tiny import ADAPTERS
@@ -144,11 +144,15 @@ def test_a_copy_and_the_row_that_uses_it_may_share_a_step(
     assert [first] == expected(peft_llama, "uneven", prompt(1, 9), 1)
 
 
-def test_a_step_of_copies_alone_gives_no_tokens(
+def test_it_says_once_and_in_order_which_adapters_have_been_placed(
     llama_folder: Path, packed_adapters: list[Packed]
 ) -> None:
     worker = make_worker(llama_folder)
     arena, copies = arena_of(packed_adapters)
     worker.attach_arena(arena)
-    done = worker.run(Step(7, copies=copies))
-    assert (done.step_id, done.token_ids, done.logprobs) == (7, b"", b"")
+    for copy in reversed(copies):
+        worker.place(PlaceAdapter(copy))
+    assert worker.adapters.is_placing
+    assert worker.adapters.placed() == [2, 1, 0]
+    assert not worker.adapters.is_placing
+    assert worker.adapters.placed() == []

@@ -10,7 +10,15 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
-from pipeline.messages import AdapterCopy, NewRow, Step, StepDone, WorkerReady
+from pipeline.messages import (
+    AdapterCopy,
+    AdapterPlaced,
+    NewRow,
+    PlaceAdapter,
+    Step,
+    StepDone,
+    WorkerReady,
+)
 
 VOCABULARY = 17
 EOS = 0
@@ -51,7 +59,10 @@ class Row:
 
 
 class FakeWorker:
-    """arena: content by arena offset, as the loader leases it."""
+    """It overwrites the pool as soon as it is told to, and reads the arena as late as it may.
+
+    arena  content by arena offset, as the loader leases it
+    """
 
     def __init__(
         self,
@@ -68,6 +79,8 @@ class FakeWorker:
         self.ready = WorkerReady(kv_blocks, block_tokens, pool_bytes, slots, rows)
         self.steps: deque[Step] = deque()  # sent, not run
         self.run_steps: list[Step] = []
+        self.placing: deque[PlaceAdapter] = deque()  # sent, not done
+        self.placements: list[PlaceAdapter] = []  # all that were sent
         self._arena = arena
         self._step_tokens = step_tokens
         self._chunk_tokens = chunk_tokens
@@ -75,10 +88,22 @@ class FakeWorker:
         self._kv: dict[tuple[int, int], tuple[str, int]] = {}  # (block, place): content, token
         self._copies: dict[int, AdapterCopy] = {}  # by slot; what still lies in the pool
         self._content_of: dict[int, str] = {-1: BASE}  # by slot
+        self._filled_after: dict[int, int] = {}  # by slot: steps that were sent before
 
     def send(self, step: Step) -> None:
         self.steps.append(step)
         assert len(self.steps) <= 2, "too many steps in flight"
+
+    def place(self, message: PlaceAdapter) -> None:
+        self.placing.append(message)
+        self.placements.append(message)
+        self._copy(message.copy)
+
+    def placed(self) -> AdapterPlaced:
+        """The oldest placement ends."""
+        copy = self.placing.popleft().copy
+        assert self._content_of[copy.slot] == self._arena[copy.arena_offset], "given away too soon"
+        return AdapterPlaced(copy.slot)
 
     def run(self) -> StepDone:
         """Run the oldest step that was sent."""
@@ -97,8 +122,6 @@ class FakeWorker:
         return StepDone(step.step_id, array("i", sampled).tobytes())
 
     def _change_rows(self, step: Step) -> None:
-        for copy in step.copies:
-            self._copy(copy)
         for number in unpack(step.free_rows):
             del self._rows[number]
         for new in step.new_rows:
@@ -118,6 +141,7 @@ class FakeWorker:
             if end <= other.pool_offset or other.pool_offset + other.nbytes <= copy.pool_offset
         }
         self._copies[copy.slot] = copy
+        self._filled_after[copy.slot] = len(self.run_steps) + len(self.steps)
         self._content_of[copy.slot] = self._arena[copy.arena_offset]
 
     def _add(self, new: NewRow) -> None:
@@ -171,3 +195,4 @@ class FakeWorker:
         if row.slot >= 0:
             assert row.slot in self._copies, "the adapter was overwritten while it was in use"
             assert self._content_of[row.slot] == row.content
+            assert self._filled_after[row.slot] < len(self.run_steps), "filled under a step"

@@ -96,11 +96,16 @@ class AnyOrder(RuleBasedStateMachine):
             self.world.stage(which, content=content, nbytes=nbytes)
 
     @precondition(lambda self: self.world.worker.steps)
-    @rule(steps=st.integers(1, 12))
-    def steps(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 12), arrivals=st.booleans())
+    def steps(self, steps: int, arrivals: bool) -> None:
         for _ in range(steps):
             if self.world.worker.steps:
-                self.world.step()
+                self.world.step(arrivals=arrivals)
+
+    @precondition(lambda self: self.world.worker.placing)
+    @rule()
+    def arrive(self) -> None:
+        self.world.arrive()
 
     @rule(seconds=st.sampled_from((0.01, 0.1, 1.0, 4.0)))
     def wait(self, seconds: float) -> None:
