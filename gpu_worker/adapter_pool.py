@@ -11,6 +11,7 @@ from gpu_worker.arrivals import Arrivals
 from gpu_worker.device import zeros
 from gpu_worker.kernels import Adapter, GroupWeights
 from gpu_worker.kernels.segments import Segment
+from gpu_worker.moves import move_down
 from pipeline.adapter_layout import (
     GROUPS,
     MODULES,
@@ -21,6 +22,8 @@ from pipeline.adapter_layout import (
     unpack_ranks,
 )
 from pipeline.messages import AdapterCopy, PlaceAdapter
+
+SCRATCH_BYTES = 1 << 20
 
 
 class AdapterPool:
@@ -44,6 +47,8 @@ class AdapterPool:
         self._arena: Tensor | None = None
         self._adapters: dict[int, Adapter] = {}
         self._versions = 0
+        self._ranks: dict[int, bytes] = {}  # by slot
+        self._scratch = torch.empty((SCRATCH_BYTES,), dtype=torch.uint8, device=device)
         self._placed: deque[int] = deque()
 
     @property
@@ -57,6 +62,9 @@ class AdapterPool:
 
     def place(self, message: PlaceAdapter) -> None:
         """Bring an adapter in, in place of what its slot held; it is there when this returns."""
+        for move in message.moves:
+            move_down(self._pool, move.from_offset, move.to_offset, move.nbytes, self._scratch)
+            self._show(move.slot, move.to_offset)
         self._copy(message.copy)
         self._placed.append(message.copy.slot)
 
@@ -80,13 +88,20 @@ class AdapterPool:
             raise ValueError("an adapter is to be copied before the arena is attached")
         target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
         target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
-        self._versions += 1
-        self._adapters[copy.slot] = self._views(target, unpack_ranks(copy.ranks))
+        self._ranks[copy.slot] = copy.ranks
+        found = self._show(copy.slot, copy.pool_offset)
+        if found.nbytes != copy.nbytes:
+            raise ValueError(f"{copy.nbytes} bytes for an adapter of {found.nbytes}")
 
-    def _views(self, packed: Tensor, ranks: Sequence[int]) -> Adapter:
+    def _show(self, slot: int, offset: int) -> Adapter:
+        """The adapter of this slot lies there from now on."""
+        self._versions += 1
+        self._adapters[slot] = self._views(offset, unpack_ranks(self._ranks[slot]))
+        return self._adapters[slot]
+
+    def _views(self, offset: int, ranks: Sequence[int]) -> Adapter:
         places = layout(ranks, self.shapes, self._dtype.itemsize)
-        if places.nbytes != packed.numel():
-            raise ValueError(f"{packed.numel()} bytes for an adapter of {places.nbytes}")
+        packed = self._pool[offset : offset + places.nbytes]
         layers = len(ranks) // len(MODULES)
         groups = tuple(
             tuple(self._group(packed, places, layer, group) for group in GROUPS)

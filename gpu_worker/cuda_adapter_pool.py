@@ -2,11 +2,11 @@
 
 A step waits for the adapters that it uses, and for no others: each has its own events. The stream
 of the copies waits for no step, since the scheduler names no slot and no bytes that a step which
-is not done still reads.
+is not done still reads; all but moves of adapters in use, which take their turn among the steps.
 """
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
 
 import torch
@@ -17,8 +17,11 @@ from gpu_worker.device import zeros
 from gpu_worker.kernels import Adapter
 from gpu_worker.kernels.adapter_tables import AdapterTables
 from gpu_worker.kernels.segments import Segment
+from gpu_worker.moves import move_down
 from pipeline.adapter_layout import unpack_ranks
-from pipeline.messages import AdapterCopy, PlaceAdapter
+from pipeline.messages import AdapterCopy, AdapterMove, PlaceAdapter
+
+SCRATCH_BYTES = 16 << 20
 
 
 class CudaAdapterPool:
@@ -31,9 +34,10 @@ class CudaAdapterPool:
         self.tables = tables
         self._pool = zeros((nbytes,), dtype=torch.uint8, device=device)
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._scratch = zeros((SCRATCH_BYTES,), dtype=torch.uint8, device=device)
         self._arena: Tensor | None = None
         self._arriving: dict[int, Arrival] = {}  # by slot
-        self._placing: deque[tuple[int, Arrival]] = deque()  # slots that the scheduler waits for
+        self._placing: deque[dict[int, Arrival]] = deque()  # by slot, the copy's last
 
     def attach_arena(self, arena: mmap) -> None:
         """Copy out of this from now on; it is pinned, and stays mapped as long as the pool holds
@@ -46,19 +50,23 @@ class CudaAdapterPool:
 
     def place(self, message: PlaceAdapter) -> None:
         """Start to bring an adapter in, in place of what its slot held."""
-        arrival = self._copy(message.copy)
-        self._arriving[message.copy.slot] = arrival
-        self._placing.append((message.copy.slot, arrival))
+        arrivals = self._move(message.moves)
+        arrivals[message.copy.slot] = self._copy(message.copy)
+        self._arriving.update(arrivals)
+        self._placing.append(arrivals)
 
     def placed(self) -> list[int]:
         """Slots of the placements that have ended since the last call, in their order: the arena
         is not read for them any more."""
         slots = []
-        while self._placing and self._placing[0][1].is_over:
-            slot, arrival = self._placing.popleft()
+        while self._placing:
+            *moved, slot = self._placing[0]
+            if not self._placing[0][slot].is_over:
+                break
+            self._placing.popleft()
             slots.append(slot)
-            if self._arriving.get(slot) is arrival:
-                del self._arriving[slot]
+            for over in (*moved, slot):  # the scheduler touches none of them until it hears of this
+                del self._arriving[over]
         return slots
 
     @property
@@ -72,6 +80,22 @@ class CudaAdapterPool:
             return None
         slots = {segment.slot for segment in segments} & self._arriving.keys()
         return Arrivals(self._arriving[slot] for slot in slots) if slots else None
+
+    def _move(self, moves: Sequence[AdapterMove]) -> dict[int, Arrival]:
+        """Beside the steps, or between those launched and those to come if one is in use."""
+        if not moves:
+            return {}
+        stream = self.stream
+        if any(move.in_use for move in moves):
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self.stream)
+        with torch.cuda.stream(stream):
+            for move in moves:
+                move_down(self._pool, move.from_offset, move.to_offset, move.nbytes, self._scratch)
+                self.tables.shift(move.slot, move.to_offset - move.from_offset)
+        event = stream.record_event()
+        self.stream.wait_event(event)
+        return {move.slot: Arrival(((0, event),)) for move in moves}
 
     def _copy(self, copy: AdapterCopy) -> Arrival:
         if self._arena is None:

@@ -31,4 +31,9 @@ class Figures:
         self.copied_bytes = Counter(
             "loradex_adapter_copied_bytes", "Bytes of adapters copied in", registry=registry
         )
+        self.moved_bytes = Counter(
+            "loradex_adapter_moved_bytes",
+            "Bytes of adapters moved to make room for others",
+            registry=registry,
+        )
         self.copies = Counter("loradex_adapter_copies", "Adapters copied in", registry=registry)

@@ -107,6 +107,7 @@ class Worker:
         self.adapters.place(message)
         self._figures.copied_bytes.inc(message.copy.nbytes)
         self._figures.copies.inc()
+        self._figures.moved_bytes.inc(sum(move.nbytes for move in message.moves))
 
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""

@@ -189,15 +189,27 @@ class AdapterCopy(Value, frozen=True):
     ranks: bytes  # int16[layers, modules], see adapter_layout
 
 
+class AdapterMove(Value, frozen=True):
+    """Move a resident adapter down in the pool; the two ranges may overlap. Its slot stays."""
+
+    slot: int
+    from_offset: int  # bytes
+    to_offset: int  # bytes
+    nbytes: int
+    in_use: bool  # steps sent earlier may still read it: it is moved after them
+
+
 class PlaceAdapter(Message, frozen=True):
     """scheduler -> gpu_worker: bring an adapter into the pool, beside the steps.
 
-    Steps that are sent later find it there, and wait only if they use it before it has arrived.
-    No step sent earlier that is not done uses its slot, or what its bytes overwrite. Each is
-    answered by one AdapterPlaced, in order; until then its arena extent is leased.
+    The moves, in order, make room for the copy. Steps that are sent later find all of these in
+    their new places, and wait only if they use one before it has arrived. No step sent earlier
+    that is not done uses the copy's slot, or bytes that are overwritten, unless a move is in use.
+    Each is answered by one AdapterPlaced, in order; until then its arena extent is leased.
     """
 
     copy: AdapterCopy
+    moves: tuple[AdapterMove, ...] = ()
 
 
 class NewRow(Value, frozen=True):

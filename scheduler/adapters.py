@@ -6,7 +6,9 @@
 
 An adapter is pinned by the sequences that run with it, by those whose last rows are still in
 flight, and by its own copy. One that is not pinned can be evicted for a waiting sequence that came
-before all those that wait for it, so the oldest always gets its room in the end.
+before all those that wait for it, so the oldest always gets its room in the end. Where enough is
+free, but not in a row, others are moved together: those that are not pinned, and where that does
+not help, those that run as well.
 
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
@@ -16,10 +18,12 @@ the step would hold up all its rows for.
 from bisect import insort
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pipeline.messages import (
     AdapterCopy,
     AdapterKey,
+    AdapterMove,
     AdapterStaged,
     Failure,
     LoadAdapter,
@@ -27,11 +31,12 @@ from pipeline.messages import (
     ReleaseAdapter,
 )
 from scheduler import failures
-from scheduler.adapter_pool import AdapterPool, Extent
+from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
 from scheduler.policy import MAX_OVERTAKING_SECONDS, ReadyQueue, by_order, discard
 from scheduler.sequence import Sequence
 
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
 
@@ -58,6 +63,13 @@ class Adapter:
         return bool(self.waiting) and self.waiting[0].order < other.waiting[0].order
 
 
+class _Placing(NamedTuple):
+    """A placement on its way; all of these are pinned by it."""
+
+    adapter: Adapter
+    moved: list[AdapterKey]
+
+
 class Adapters:
     """All adapters, and the sequences that wait to start, with an adapter or without.
 
@@ -79,7 +91,7 @@ class Adapters:
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._load_deadline_of: dict[AdapterKey, float] = {}  # soonest first
         self._without_room: list[Adapter] = []  # staged, not resident
-        self._arriving: deque[Adapter] = deque()  # their copies, in order
+        self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
         self._uses = 0
 
@@ -203,8 +215,8 @@ class Adapters:
             for adapter in sorted(self._without_room, key=_urgency) if passed is None else [passed]:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
-                elif self._find_room(adapter, now):
-                    placements.append(PlaceAdapter(_copy(adapter)))
+                elif (message := self._find_room(adapter, now)) is not None:
+                    placements.append(message)
                 elif not adapter.waiting:
                     self._give_up(adapter)
             # with the passed one out of the way it is the others' turn
@@ -214,17 +226,18 @@ class Adapters:
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""
-        adapter = self._arriving.popleft()
+        adapter, moved = self._arriving.popleft()
         if adapter.extent is None or adapter.extent.slot != slot:
             raise RuntimeError(f"slot {slot} is filled out of order")
         self._release(adapter)
-        self.unpin(adapter.key)
+        for key in (adapter.key, *moved):
+            self.unpin(key)
         self._admit()
 
     def _admit(self) -> None:
         """Let those start whose adapter has arrived, or is about to."""
         ahead = 0
-        for adapter in self._arriving:
+        for adapter, _ in self._arriving:
             if ahead > MAX_BYTES_AHEAD:
                 return
             ahead += _nbytes(adapter)
@@ -233,25 +246,43 @@ class Adapters:
                 for sequence in adapter.waiting:
                     self._ready.add(sequence)
 
-    def _find_room(self, adapter: Adapter, now: float) -> bool:
-        candidates = [
-            other
-            for other in self._adapter_of.values()
-            if other.extent is not None and other.pins == 0 and adapter.wanted_before(other)
-        ]
-        candidates.sort(key=_worth)
-        extents = [other.extent for other in candidates if other.extent is not None]
-        place = self._pool.place(adapter.key, _nbytes(adapter), extents)
+    def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
+        place = self._make_place(adapter)
         if place is None:
-            return False
-        adapter.extent, evicted = place
+            return None
+        adapter.extent = place.extent
         self._without_room.remove(adapter)
-        adapter.pins += 1
         self._touch(adapter)
-        self._arriving.append(adapter)
-        for extent in evicted:
+        message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
+        moved = [move.extent.key for move in place.moves]
+        for key in (adapter.key, *moved):
+            self.pin(key)
+        self._arriving.append(_Placing(adapter, moved))
+        for extent in place.evicted:
             self._evicted(self._adapter_of[extent.key], now)
-        return True
+        return message
+
+    def _make_place(self, adapter: Adapter) -> Place | None:
+        others = [other for other in self._adapter_of.values() if other.extent is not None]
+        candidates = [one for one in others if not one.pins and adapter.wanted_before(one)]
+        candidates.sort(key=_worth)
+        evictable = [one.extent for one in candidates if one.extent is not None]
+        pinned = {other.extent for other in others if other.pins and other.extent is not None}
+        nbytes = _nbytes(adapter)
+        place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
+        if place is None and adapter.waiting and not self._arriving:
+            place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
+        return place
+
+    def _move(self, move: Move) -> AdapterMove:
+        extent = move.extent
+        return AdapterMove(
+            slot=extent.slot,
+            from_offset=move.from_offset,
+            to_offset=extent.offset,
+            nbytes=extent.end - extent.offset,
+            in_use=self._adapter_of[extent.key].pins > 0,
+        )
 
     def _evicted(self, adapter: Adapter, now: float) -> None:
         adapter.extent = None

@@ -72,6 +72,12 @@ class AdapterTables:
         staged.numpy()[:] = row
         self.table[slot].copy_(staged, non_blocking=True)
 
+    def shift(self, slot: int, nbytes: int) -> None:
+        """The adapter in this slot lies so many bytes further on; as `fill`."""
+        records = self._staging[slot, HEAD:].view(-1, RECORD)
+        records[:, :RANK] += nbytes  # both addresses
+        self.table[slot].copy_(self._staging[slot], non_blocking=True)
+
     def layer_bytes(self, ranks: Sequence[int]) -> NDArray[np.int64]:
         """[layers]: what each layer of an adapter takes, packed.
 

@@ -63,6 +63,15 @@ def test_a_slot_can_be_filled_again() -> None:
     assert torch.equal(tables.table, other.table)
 
 
+def test_an_adapter_can_be_shifted() -> None:
+    tables, other = make_tables(), make_tables()
+    of_adapter = [0, 4, 1, 0, 0, 2, 3] * LAYERS
+    tables.fill(0, 512, of_adapter)
+    tables.shift(0, -256)
+    other.fill(0, 256, of_adapter)
+    assert torch.equal(tables.table, other.table)
+
+
 def test_ranks_of_another_number_of_layers_are_refused() -> None:
     with pytest.raises(ValueError, match="for 3 layers"):
         make_tables().fill(0, 16, [8] * len(MODULES))

@@ -1,18 +1,20 @@
 """The worker on a GPU against itself on the CPU in fp32; skipped where there is no GPU."""
 
 import mmap
+from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gpu_worker.arrivals import Arrival, Arrivals
 from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES
-from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step
+from pipeline.messages import AdapterCopy, AdapterMove, NewRow, PlaceAdapter, Sampling, Step
 from pipeline.model_config import read_model_config
 from tests.gpu_worker.driving import GREEDY, Driver, Row, ints, make_worker, prompt
 from tests.gpu_worker.packing import arena_of, pack, random_weights
@@ -93,6 +95,7 @@ def test_a_gpu_produces_what_a_cpu_does(
 
 RANKS = (512, 8, 16)  # of the test's adapters; the first is copied in several chunks
 LONG = 1 << 31  # cycles: about a second
+AT = 45 << 20  # in the pool
 ARENAS: list[mmap.mmap] = []  # stay mapped, since they stay registered
 
 
@@ -228,3 +231,37 @@ def test_the_first_layers_do_not_wait_for_the_last_ones() -> None:
     assert not reached[2].query()
     reached[3].synchronize()
     assert events[1].query()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+@pytest.mark.parametrize("shift", [256, 40 << 20], ids=["overlapping", "apart"])
+def test_an_adapter_that_is_moved_stays_the_same(folder: Path, shift: int, in_use: bool) -> None:
+    worker, copies = on_gpu(folder)
+    assert AT + copies[0].nbytes + copies[1].nbytes < worker.adapters.nbytes
+    placed = replace(copies[0], pool_offset=AT)
+    driver = Driver(worker, blocks=range(100), block_tokens=16)
+    for row in (0, 1):
+        driver.add(row, prompt(1, 20, 1000), slot=0)
+    driver.step(prefill=[(0, 20)], copies=(placed,))
+    expected = [driver.step(decode=[0]).tokens[0] for _ in range(8)]
+
+    driver.prefill_all([1])
+    found = [driver.step(decode=[1]).tokens[1] for _ in range(4)]
+    torch.cuda.synchronize()
+    worker.adapters.placed()
+    move = AdapterMove(0, AT, AT - shift, copies[0].nbytes, in_use)
+    copy = replace(copies[1], pool_offset=AT - shift + copies[0].nbytes)  # over its old bytes
+    if in_use:
+        launched = worker.launch(Step(50, decode_rows=ints([1])))  # still reads the old place
+        worker.place(PlaceAdapter(copy, (move,)))
+        found += array("i", launched.result().token_ids)
+        driver.rows[1].tokens.append(found[-1])
+        driver.rows[1].computed += 1
+    else:
+        hold_copies(worker)
+        worker.place(PlaceAdapter(copy, (move,)))
+    while len(found) < 8:
+        found.append(driver.step(decode=[1]).tokens[1])
+    assert found == expected
+    torch.cuda.synchronize()
+    assert worker.adapters.placed() == [1]

@@ -10,8 +10,11 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from pipeline.messages import (
     AdapterCopy,
+    AdapterMove,
     AdapterPlaced,
     NewRow,
     PlaceAdapter,
@@ -97,6 +100,8 @@ class FakeWorker:
     def place(self, message: PlaceAdapter) -> None:
         self.placing.append(message)
         self.placements.append(message)
+        for move in message.moves:
+            self._move(move)
         self._copy(message.copy)
 
     def placed(self) -> AdapterPlaced:
@@ -130,19 +135,34 @@ class FakeWorker:
             self._check_unused([block])
             self._rows[number].blocks.append(block)
 
+    def _move(self, move: AdapterMove) -> None:
+        """What is said not to be in use, moves under the steps in flight."""
+        copy = self._copies.pop(move.slot)
+        assert copy.pool_offset == move.from_offset
+        assert copy.nbytes <= move.nbytes
+        assert move.to_offset < move.from_offset
+        assert move.slot not in [placing.copy.slot for placing in list(self.placing)[:-1]]
+        self._overwrite(move.to_offset, move.nbytes)
+        self._copies[move.slot] = msgspec.structs.replace(copy, pool_offset=move.to_offset)
+        if not move.in_use:
+            self._filled_after[move.slot] = len(self.run_steps) + len(self.steps)
+
     def _copy(self, copy: AdapterCopy) -> None:
         assert 0 <= copy.slot < self.ready.adapter_slots
-        assert copy.pool_offset % 256 == 0
-        assert 0 <= copy.pool_offset <= self.ready.adapter_pool_bytes - copy.nbytes
-        end = copy.pool_offset + copy.nbytes
-        self._copies = {
-            slot: other
-            for slot, other in self._copies.items()
-            if end <= other.pool_offset or other.pool_offset + other.nbytes <= copy.pool_offset
-        }
+        self._copies.pop(copy.slot, None)
+        self._overwrite(copy.pool_offset, copy.nbytes)
         self._copies[copy.slot] = copy
         self._filled_after[copy.slot] = len(self.run_steps) + len(self.steps)
         self._content_of[copy.slot] = self._arena[copy.arena_offset]
+
+    def _overwrite(self, offset: int, nbytes: int) -> None:
+        assert offset % 256 == 0
+        assert 0 <= offset <= self.ready.adapter_pool_bytes - nbytes
+        self._copies = {
+            slot: other
+            for slot, other in self._copies.items()
+            if offset + nbytes <= other.pool_offset or other.pool_offset + other.nbytes <= offset
+        }
 
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, "the row is taken"

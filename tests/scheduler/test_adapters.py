@@ -373,3 +373,57 @@ def test_a_request_does_not_go_on_with_other_bytes_under_the_same_name() -> None
     assert (failure.status, failure.kind) == (503, FailureKind.ADAPTER_UNAVAILABLE)
     produced = world.tokens[preempted]
     assert produced == reply("sql", [2] * 5, len(produced), ignore_eos=True)
+
+
+def fragmented(world: World, *, running: bool) -> dict[str, int]:
+    """Four adapters fill the pool; a and c are the ones used longest ago. Returns the requests
+    that run with b and d."""
+    for name in ("a", "c", "b", "d"):
+        world.prefetch(name)
+    for name in ("a", "b", "c", "d"):
+        names = [load.adapter.id for load in world.loader.loads]
+        world.stage(names.index(name), nbytes=HALF // 2)
+    world.run()
+    for name in ("c", "b", "d"):
+        world.prefetch(name)
+    requests = {name: world.submit(adapter=name, max_tokens=30) for name in ("b", "d") if running}
+    while len(world.worker.run_steps) < 3 and running:
+        world.step()
+    return requests
+
+
+def test_idle_adapters_are_moved_where_room_is_not_in_a_row() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=False)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=HALF)
+    (placing,) = world.worker.placing
+    assert [(move.slot, move.in_use) for move in placing.moves] == [(1, False)]
+    assert world.core.figures().adapters_resident == 3
+    world.run()
+    assert world.tokens[large] == reply("large", [1, 2, 3], 4, ignore_eos=True)
+    world.submit(adapter="b")
+    assert loads(world).count(key("b")) == 1
+    world.run()
+
+
+def test_adapters_in_use_are_moved_if_there_is_no_other_way() -> None:
+    world = World(pool_bytes=2 * HALF)
+    requests = fragmented(world, running=True)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=HALF)
+    (placing,) = world.worker.placing
+    assert [(move.slot, move.in_use) for move in placing.moves] == [(1, True)]
+    world.run()
+    for name, request in {**requests, "large": large}.items():
+        tokens = world.tokens[request]
+        assert tokens == reply(name, [1, 2, 3], len(tokens), ignore_eos=True)
+
+
+def test_adapters_in_use_are_not_moved_for_one_that_nobody_waits_for() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=True)
+    world.prefetch("large")
+    world.stage(nbytes=HALF)
+    assert not world.worker.placing
+    world.run()
