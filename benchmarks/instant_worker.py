@@ -31,6 +31,7 @@ NAME = "gpu_worker"
 KV_BLOCKS = 1 << 18
 WORDS = range(1000, 30000)  # token ids of ordinary text in the default model's vocabulary
 LIST_TOKENS = 1 << 16
+CPU_ROWS, CPU_STEP_TOKENS = 64, 512
 
 
 class InstantWorker:
@@ -71,7 +72,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
         block_tokens=settings.kv_block_tokens or 16,
         adapter_pool_bytes=settings.adapter_pool_bytes or 1 << 29,
         adapter_slots=settings.adapter_slots,
-        rows=settings.rows,
+        rows=settings.rows or CPU_ROWS,
+        step_tokens=settings.step_tokens or CPU_STEP_TOKENS,
     )
     outbox.send("scheduler", ready)
     for frontend in range(settings.frontends):

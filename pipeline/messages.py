@@ -261,6 +261,7 @@ class WorkerReady(Message, frozen=True):
     adapter_slots: int
     rows: int
     index: int = 0
+    step_tokens: int = 512  # that a step may feed
 
 
 class StepDone(Message, frozen=True):

@@ -66,6 +66,7 @@ class Scheduler:
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
         self._arena: ArenaReady | None = None
+        self._step_tokens = 0
         self._batch = self._new_batch(rows=0, kv_blocks=0, block_tokens=1)  # until it is ready
         self._submitted = 0
         self._sequence_of: dict[int, Sequence] = {}  # by request
@@ -80,6 +81,7 @@ class Scheduler:
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
         self._worker = message
+        self._step_tokens = message.step_tokens
         self._batch = self._new_batch(
             rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
         )
@@ -173,7 +175,7 @@ class Scheduler:
         plan = StepPlan()
         for sequence in self._batch.decode(plan):
             self._preempted(sequence, now)
-        budget = self._settings.step_tokens - len(plan.decode_rows)
+        budget = self._step_tokens - len(plan.decode_rows)
         budget = self._batch.continue_prefills(plan, budget)
         self._start_sequences(plan, budget, now)
         if plan.is_empty():
@@ -319,7 +321,7 @@ class Scheduler:
             block_tokens=block_tokens,
             prefix_cache=self._settings.prefix_cache,
         )
-        chunk_tokens = self._settings.prefill_chunk_tokens or self._settings.step_tokens
+        chunk_tokens = self._settings.prefill_chunk_tokens or self._step_tokens
         return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
 
     def _attach_arena(self) -> None:

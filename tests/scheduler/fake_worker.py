@@ -79,7 +79,9 @@ class FakeWorker:
         step_tokens: int = 16,
         chunk_tokens: int = 16,
     ) -> None:
-        self.ready = WorkerReady(kv_blocks, block_tokens, pool_bytes, slots, rows)
+        self.ready = WorkerReady(
+            kv_blocks, block_tokens, pool_bytes, slots, rows, step_tokens=step_tokens
+        )
         self.steps: deque[Step] = deque()  # sent, not run
         self.run_steps: list[Step] = []
         self.placing: deque[PlaceAdapter] = deque()  # sent, not done
