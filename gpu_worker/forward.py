@@ -25,9 +25,10 @@ from gpu_worker.rows import RowTable
 class Forward(Protocol):
     """Owns what a pass reads and writes beside the history."""
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
         """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then. They
-        stand until the next run."""
+        stand until the next run. `started` is called before the model is launched, behind what
+        can be done for the step without the device."""
         ...
 
     def pages_changed(
@@ -62,7 +63,8 @@ class EagerForward:
         self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
+        started()
         positions = self._tensor(host.positions)
         segments = host.segments
         arrivals = self._adapters.arrivals(segments)
@@ -109,13 +111,13 @@ class GraphedForward:
         self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
         if not self._graphs.holds(host):
-            return self._eager.run(host, history)
+            return self._eager.run(host, history, started)
         arrivals = self._adapters.arrivals(host.segments)
         if arrivals is not None:
             arrivals.enter_all()
-        logits = self._graphs.run(host)
+        logits = self._graphs.run(host, started)
         if (host.sampled[1:] > host.sampled[:-1]).all():
             return logits
         return logits.index_select(0, to_device(host.sampled, self._device))

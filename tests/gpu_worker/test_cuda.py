@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gpu_worker.arrivals import Arrival, Arrivals
 from gpu_worker.cuda_adapter_pool import CudaAdapterPool
+from gpu_worker.step_times import Moment
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES
 from pipeline.messages import AdapterCopy, AdapterMove, NewRow, PlaceAdapter, Sampling, Step
@@ -265,3 +266,14 @@ def test_an_adapter_that_is_moved_stays_the_same(folder: Path, shift: int, in_us
     assert found == expected
     torch.cuda.synchronize()
     assert worker.adapters.placed() == [1]
+
+
+def test_the_device_is_busy_and_idle_by_its_own_clock() -> None:
+    device = torch.device("cuda")
+    torch.cuda.synchronize()
+    first = Moment(device)
+    torch.cuda._sleep(LONG // 10)  # type: ignore[no-untyped-call]
+    second = Moment(device)
+    assert not second.is_past
+    second.wait()
+    assert 0.02 < second.seconds_since(first) < 1
