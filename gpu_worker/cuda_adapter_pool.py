@@ -8,6 +8,7 @@ is not done still reads; all but moves of adapters in use, which take their turn
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,17 @@ from pipeline.messages import AdapterCopy, AdapterMove, PlaceAdapter
 SCRATCH_BYTES = 16 << 20
 
 
+class _Placing(NamedTuple):
+    """A placement on its way."""
+
+    slot: int  # of the copy
+    arrivals: dict[int, Arrival]  # by slot, of the copy and what is moved
+
+    @property
+    def copied(self) -> Arrival:
+        return self.arrivals[self.slot]
+
+
 class CudaAdapterPool:
     """Owns the device's copies of adapters, and the tables that say to kernels where they lie."""
 
@@ -37,7 +49,7 @@ class CudaAdapterPool:
         self._scratch = zeros((SCRATCH_BYTES,), dtype=torch.uint8, device=device)
         self._arena: Tensor | None = None
         self._arriving: dict[int, Arrival] = {}  # by slot
-        self._placing: deque[dict[int, Arrival]] = deque()  # by slot, the copy's last
+        self._placing: deque[_Placing] = deque()  # in order
 
     def attach_arena(self, arena: mmap) -> None:
         """Copy out of this from now on; it is pinned, and stays mapped as long as the pool holds
@@ -51,22 +63,21 @@ class CudaAdapterPool:
     def place(self, message: PlaceAdapter) -> None:
         """Start to bring an adapter in, in place of what its slot held."""
         arrivals = self._move(message.moves)
-        arrivals[message.copy.slot] = self._copy(message.copy)
+        slot = message.copy.slot
+        arrivals[slot] = self._copy(message.copy)
         self._arriving.update(arrivals)
-        self._placing.append(arrivals)
+        self._placing.append(_Placing(slot, arrivals))
 
     def placed(self) -> list[int]:
         """Slots of the placements that have ended since the last call, in their order: the arena
         is not read for them any more."""
         slots = []
-        while self._placing:
-            *moved, slot = self._placing[0]
-            if not self._placing[0][slot].is_over:
-                break
-            self._placing.popleft()
-            slots.append(slot)
-            for over in (*moved, slot):  # the scheduler touches none of them until it hears of this
-                del self._arriving[over]
+        while self._placing and self._placing[0].copied.is_over:
+            placing = self._placing.popleft()
+            slots.append(placing.slot)
+            for slot, arrival in placing.arrivals.items():
+                if self._arriving.get(slot) is arrival:
+                    del self._arriving[slot]
         return slots
 
     @property
