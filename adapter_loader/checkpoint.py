@@ -72,6 +72,7 @@ class Matrix(msgspec.Struct, frozen=True):
     entry: TensorEntry
     offset: int  # bytes from the extent's start
     scaling: float  # 1 for an A
+    transposed: bool  # in the extent, as a B is
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -123,7 +124,11 @@ def pack(descriptor: int, plan: Plan, extent: memoryview) -> str:
         source = torch.frombuffer(scratch, dtype=file_dtype, count=elements)
         target = torch.frombuffer(extent, dtype=dtype, count=elements, offset=matrix.offset)
         scaled = source if matrix.scaling == 1 else source.float() * matrix.scaling
-        target.copy_(scaled)
+        if matrix.transposed:
+            rows, columns = entry.shape
+            target.view(columns, rows).copy_(scaled.view(rows, columns).T)
+        else:
+            target.copy_(scaled)
         _check_finite(entry, source, target, plan.dtype)
         _clear_padding(extent, matrix.offset + elements * dtype.itemsize)
     digest = hashlib.sha256(plan.ranks)
@@ -199,8 +204,8 @@ def _place(
     layer, module, side = place
     placement = placed.at(layer, module)
     if side == "A":
-        return Matrix(entry, placement.a_offset, 1)
-    return Matrix(entry, placement.b_offset, rules[layer, module][1])
+        return Matrix(entry, placement.a_offset, 1, transposed=False)
+    return Matrix(entry, placement.b_offset, rules[layer, module][1], transposed=True)
 
 
 def _read(descriptor: int, buffer: memoryview, offset: int) -> None:

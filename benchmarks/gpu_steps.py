@@ -13,23 +13,27 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.harness import settings_from
 from benchmarks.machine import commit, machine
 from benchmarks.models import make_model
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES, layout, pack_ranks
-from pipeline.config import Settings
 from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 
 PROMPT, RANK, PROMPTS_PER_STEP, DECODE_STEPS = 128, 16, 32, 40
+LAYER = 10  # of which every kernel is shown
+TOKENS = 256  # that a row may have
 
 
 def ints(values: object) -> bytes:
@@ -51,7 +55,7 @@ def load_adapters(worker: Worker, config: ModelConfig, count: int) -> None:
         worker.place(PlaceAdapter(copy))
 
 
-def prefill_steps(rows: int, adapters: int, vocabulary: int) -> list[Step]:
+def prefill_steps(rows: int, adapters: int, vocabulary: int, blocks: int) -> list[Step]:
     generator = np.random.default_rng(0)
     steps = []
     for first in range(0, rows, PROMPTS_PER_STEP):
@@ -63,7 +67,7 @@ def prefill_steps(rows: int, adapters: int, vocabulary: int) -> list[Step]:
                 token_ids=ints(generator.integers(3, vocabulary, PROMPT)),
                 prompt_tokens=PROMPT,
                 cached_tokens=0,
-                blocks=ints([row]),
+                blocks=ints(range(row * blocks, (row + 1) * blocks)),
                 sampling=Sampling(temperature=0),
                 logprobs=False,
             )
@@ -98,26 +102,47 @@ def host_seconds(worker: Worker, step: Step, steps: int) -> float:
     return host / steps
 
 
+def show_layer(events: Any) -> None:
+    """When each kernel of one layer, and of the next, started and ended."""
+    kernels = sorted(
+        (one for one in events if one.device_type == DeviceType.CUDA),
+        key=lambda one: one.time_range.start,
+    )
+    layers = [index for index, one in enumerate(kernels) if "_rotate_and_store" in one.name]
+    if len(layers) < LAYER + 3:
+        return
+    some = kernels[layers[LAYER] : layers[LAYER + 2] + 1]
+    start = some[0].time_range.start
+    for one in some:
+        begin, end = one.time_range.start - start, one.time_range.end - start
+        print(f"{begin:8.1f} to {end:8.1f} us {one.name[:60]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 8, 32, 64, 128])
     parser.add_argument("--profile", type=int, nargs="*", default=[])
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = make_model("llama-3.1-8b", Path(name))
-        settings = Settings(
-            load_format="dummy",
-            dtype="bfloat16",
-            device="cuda",
-            rows=options.rows,
-            step_tokens=8192,
-            max_total_tokens=1024,
-            adapter_pool_bytes=12 << 30,
-            kv_cache_bytes=16 << 30,
+        settings = settings_from(
+            {
+                "load_format": "dummy",
+                "dtype": "bfloat16",
+                "device": "cuda",
+                "rows": options.rows,
+                "step_tokens": 8192,
+                "max_total_tokens": 1024,
+                "adapter_pool_bytes": 12 << 30,
+                "kv_cache_bytes": 16 << 30,
+            },
+            options.set,
         )
         start = time.perf_counter()
-        worker = build_worker(settings, folder, Figures(CollectorRegistry())).worker
+        built = build_worker(settings, folder, Figures(CollectorRegistry()))
+        worker, block_tokens = built.worker, built.ready.block_tokens
         print(f"{machine()}, commit {commit()}, built in {time.perf_counter() - start:.1f} s")
         config = read_model_config(folder)
     load_adapters(worker, config, max(1, *options.adapters))
@@ -126,7 +151,9 @@ def main() -> None:
     base: tuple[float, float] | None = None
     decode = Step(3, decode_rows=ints(range(options.rows)))
     for adapters in options.adapters:
-        prefill = prefill_steps(options.rows, adapters, config.vocabulary)
+        prefill = prefill_steps(
+            options.rows, adapters, config.vocabulary, -(-TOKENS // block_tokens)
+        )
         for step in prefill:
             worker.run(step)
         prefilled = seconds_of(worker, prefill) / (options.rows * PROMPT / 4096)
@@ -147,6 +174,7 @@ def main() -> None:
                 table = profiled.key_averages()
                 for row in sorted(table, key=lambda one: -one.self_device_time_total)[:16]:
                     print(f"{row.self_device_time_total:10.0f} us {row.count:6d}  {row.key[:90]}")
+                show_layer(profiled.events())
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ class AdapterPool:
         return GroupWeights(
             lora_a=self._stacked_a(packed, of_modules),
             lora_b=tuple(
-                self._matrix(packed, place.b_offset, shape.out_features, place.rank)
+                self._matrix(packed, place.b_offset, place.rank, shape.out_features).T
                 for shape, place in of_modules
             ),
         )

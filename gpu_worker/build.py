@@ -95,14 +95,13 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
 def _attention(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
     """Raises ConfigError for a backend that cannot run here."""
     cuda = device.type == "cuda"
-    flash = (
+    if settings.attention == "auto":
+        return "triton" if cuda else "sdpa"
+    if settings.attention == "flash" and not (
         cuda
         and dtype in (torch.bfloat16, torch.float16)
         and importlib.util.find_spec("flash_attn") is not None
-    )
-    if settings.attention == "auto":
-        return "flash" if flash else "triton" if cuda else "sdpa"
-    if settings.attention == "flash" and not flash:
+    ):
         raise ConfigError(
             "attention: flash wants a GPU, bfloat16 or float16, and flash-attn installed"
         )

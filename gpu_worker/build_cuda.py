@@ -12,11 +12,12 @@ from gpu_worker.build import Parts, make_rotary, make_sdpa
 from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.cuda_graphs import DecodeGraphs, StaticBatch
 from gpu_worker.forward import EagerForward, Forward, GraphedForward
-from gpu_worker.kernels import LoraPlan
 from gpu_worker.kernels.adapter_tables import AdapterTables
-from gpu_worker.kernels.triton_lora import DECODE, PREFILL, TritonLora
-from gpu_worker.kernels.triton_plan import OverlappedPlan, TritonKernels
-from gpu_worker.layers import LayerOps
+from gpu_worker.kernels.decode_linears import DecodeLinears
+from gpu_worker.kernels.triton_columns import TILE_ROWS
+from gpu_worker.kernels.triton_lora import TritonLora
+from gpu_worker.kernels.triton_plan import TritonKernels, TritonPlan
+from gpu_worker.layers import BaseLinears, LayerOps, Linears
 from gpu_worker.layers.triton_ops import TritonOps
 from gpu_worker.models.decoder import Pass
 from pipeline.config import Settings
@@ -43,8 +44,11 @@ def cuda_forward(parts: Parts) -> Forward:
     assert isinstance(parts.adapters, CudaAdapterPool)
     cos_sin = make_rotary(parts).table(parts.row_tokens)
 
+    pdl = _has_dependent_launch(parts.device)
+
     def make_ops(positions: Tensor, kv_slots: Tensor) -> LayerOps:
         return TritonOps(
+            pdl=pdl,
             cos_sin=cos_sin,
             kv_cache=parts.kv_cache,
             kv_heads=config.kv_heads,
@@ -55,13 +59,11 @@ def cuda_forward(parts: Parts) -> Forward:
 
     tables = parts.adapters.tables
     shapes = config.module_shapes()
-    eager_lora = TritonLora(
+    lora = TritonLora(
         tables=tables,
         shapes=shapes,
-        layers=config.layers,
         tokens=parts.settings.step_tokens,
         sequences=parts.settings.rows,
-        tuning=PREFILL,
     )
     paged = _paged(parts)
     attention: AttentionBackend = paged or make_sdpa(parts)
@@ -70,27 +72,23 @@ def cuda_forward(parts: Parts) -> Forward:
         kv_cache=parts.kv_cache,
         make_ops=make_ops,
         attention=attention,
-        lora=TritonKernels(eager_lora, parts.device),
+        lora=TritonKernels(lora, parts.device),
         adapters=parts.adapters,
         device=parts.device,
     )
     if paged is None or not parts.settings.cuda_graphs:
         return eager
 
-    decode_lora = TritonLora(
-        tables=tables,
-        shapes=shapes,
-        layers=config.layers,
-        tokens=parts.settings.rows,
-        sequences=parts.settings.rows,
-        tuning=DECODE,
-    )
-    side = torch.cuda.Stream(parts.device)  # type: ignore[no-untyped-call]
+    fused = _decode_linears(parts) if DecodeLinears.can_run(shapes, parts.dtype) else None
 
-    def plan_lora(batch: StaticBatch) -> LoraPlan:
-        return OverlappedPlan(decode_lora, decode_lora.prepare(batch.tiles, batch.tile_count), side)
+    def linears(batch: StaticBatch, with_lora: bool) -> Linears:
+        if fused is not None:
+            return fused.plan(batch.tiles, batch.tile_count) if with_lora else fused.base()
+        if with_lora:
+            return TritonPlan(lora, lora.prepare(batch.tiles, batch.tile_count))
+        return BaseLinears()
 
-    def decode(batch: StaticBatch, lora: bool) -> Tensor:
+    def decode(batch: StaticBatch, with_lora: bool) -> Tensor:
         pages = batch.page_table.index_select(0, batch.rows)
         step = Pass(
             token_ids=parts.history.read(batch.rows, batch.positions),
@@ -98,7 +96,7 @@ def cuda_forward(parts: Parts) -> Forward:
             ops=make_ops(batch.positions, batch.kv_slots),
             attention=paged.plan_decode(pages, (batch.positions + 1).int()),
             kv_cache=parts.kv_cache,
-            lora=plan_lora(batch) if lora else None,
+            linears=linears(batch, with_lora),
         )
         return parts.decoder.forward(step)
 
@@ -109,7 +107,8 @@ def cuda_forward(parts: Parts) -> Forward:
         block_tokens=parts.kv_cache.block_tokens,
         rows=parts.settings.rows,
         row_blocks=-(-parts.row_tokens // parts.kv_cache.block_tokens),
-        tile_height=DECODE.tile_height,
+        tile_height=lora.tuning.tile_height if fused is None else TILE_ROWS,
+        fits=None if fused is None else fused.holds,
         device=parts.device,
     )
     started = time.perf_counter()
@@ -133,5 +132,23 @@ def _paged(parts: Parts) -> PagedBackend | None:
             sliding_window=config.sliding_window,
             dtype=parts.dtype,
             device=parts.device,
+            pdl=_has_dependent_launch(parts.device),
         )
     return None
+
+
+def _decode_linears(parts: Parts) -> DecodeLinears:
+    assert isinstance(parts.adapters, CudaAdapterPool)
+    return DecodeLinears(
+        tables=parts.adapters.tables,
+        shapes=parts.config.module_shapes(),
+        layers=parts.config.layers,
+        rows=parts.settings.rows,
+        pdl=_has_dependent_launch(parts.device),
+        processors=torch.cuda.get_device_properties(parts.device).multi_processor_count,
+    )
+
+
+def _has_dependent_launch(device: torch.device) -> bool:
+    """From Hopper on, a kernel may start before the one that it depends on has ended."""
+    return torch.cuda.get_device_capability(device)[0] >= 9

@@ -16,6 +16,7 @@ from torch import Tensor
 from gpu_worker.batch import HostBatch
 from gpu_worker.device import to_device
 from gpu_worker.history import History
+from gpu_worker.kernels.segments import Segment
 from gpu_worker.kernels.tiles import make_tiles
 from gpu_worker.pinned import PinnedRing
 from gpu_worker.rows import RowTable
@@ -45,6 +46,7 @@ class DecodeGraphs:
     """Owns the graphs, their inputs and the page table on the device.
 
     forward  logits [size, vocabulary] of a static batch; with LoRA or without
+    fits     whether the graphs with LoRA hold a step of these segments; None: any
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class DecodeGraphs:
         rows: int,
         row_blocks: int,
         tile_height: int,
+        fits: Callable[[Sequence[Segment]], bool] | None,
         device: torch.device,
     ) -> None:
         self._forward = forward
+        self._fits = fits
         self._nobody = history.nobody
         self._null_slot = null_block * block_tokens
         self._device = device
@@ -98,6 +102,7 @@ class DecodeGraphs:
         return (
             0 < decoded == len(host.token_rows) <= self._sizes[-1]
             and (self._sizes[-1], lora) in self._graphs
+            and (not lora or self._fits is None or self._fits(host.segments))
         )
 
     def run(self, host: HostBatch, started: Callable[[], None]) -> Tensor:

@@ -17,7 +17,7 @@ from gpu_worker.device import to_device
 from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kv_cache import KvCache
-from gpu_worker.layers import LayerOps
+from gpu_worker.layers import BaseLinears, LayerOps
 from gpu_worker.models.decoder import Decoder, Pass
 from gpu_worker.rows import RowTable
 
@@ -76,7 +76,9 @@ class EagerForward:
             ops=self._make_ops(positions, self._tensor(host.kv_slots)),
             attention=self._attention.plan(host.sequences),
             kv_cache=self._kv_cache,
-            lora=self._lora.plan(segments, self._adapters.adapters) if segments else None,
+            linears=self._lora.plan(segments, self._adapters.adapters)
+            if segments
+            else BaseLinears(),
             enter=None if arrivals is None else arrivals.enter,
         )
         return self._decoder.forward(step)

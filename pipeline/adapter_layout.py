@@ -4,14 +4,15 @@ Layer after layer, and in each layer group after group of modules that read the 
 
     q, k, v | o | gate, up | down
 
-A group is the A matrices of its modules, stacked, then their B matrices:
+A group is the A matrices of its modules, stacked, then their B matrices, transposed:
 
     A_q [r_q, in]  A_k [r_k, in]  A_v [r_v, in]
-    B_q [out_q, r_q]  B_k [out_k, r_k]  B_v [out_v, r_v]
+    B_q' [r_q, out_q]  B_k' [r_k, out_k]  B_v' [r_v, out_v]
 
-all row-major in the compute dtype, with the scaling folded into B. Ranks are exact and may differ
-from module to module and layer to layer; a missing module has rank 0 and takes no bytes. Each
-matrix starts on an ALIGNMENT border, so the As of a group are one matrix [r_q + r_k + r_v, in]
+all row-major in the compute dtype, with the scaling folded into B. So a rank is a row of A and a
+row of B', and kernels can gather those of many adapters as one matrix. Ranks are exact and may
+differ from module to module and layer to layer; a missing module has rank 0 and takes no bytes.
+Each matrix starts on an ALIGNMENT border, so the As of a group are one matrix [r_q + r_k + r_v, in]
 wherever a row of A is a multiple of that, as it is for all usual models.
 """
 

@@ -62,7 +62,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     ] = "auto"
     attention: Annotated[
         Literal["auto", "flash", "triton", "sdpa"],
-        Meta(description="attention; auto: on a GPU flash-attn if installed, else triton"),
+        Meta(description="attention backend; auto: triton on a GPU, else sdpa"),
     ] = "auto"
     lora_kernels: Annotated[
         Literal["auto", "reference", "grouped"], Meta(description="LoRA kernels of the GPU worker")

@@ -18,7 +18,10 @@ from gpu_worker.attention.triton_prefill import (
 
 
 class TritonPagedAttention:
-    """The backend for one model and device."""
+    """The backend for one model and device.
+
+    pdl  programmatic dependent launch, for decode: a start overlaps its predecessor's end
+    """
 
     reads_unwritten = False
 
@@ -31,7 +34,9 @@ class TritonPagedAttention:
         sliding_window: int | None,
         dtype: torch.dtype,
         device: torch.device,
+        pdl: bool = False,
     ) -> None:
+        self._pdl = pdl
         self._heads = heads
         self._kv_heads = kv_heads
         self._head_dim = head_dim
@@ -64,7 +69,7 @@ class TritonPagedAttention:
     def _decode_rows(self, page_table: Tensor, lengths: Tensor) -> "_DecodeRows":
         plan = self._decode_plan(lengths, None)
         windowed = plan if self._window is None else self._decode_plan(lengths, self._window)
-        return _DecodeRows(page_table, lengths, plan, windowed)
+        return _DecodeRows(page_table, lengths, plan, windowed, self._pdl)
 
     def _decode_plan(self, lengths: Tensor, window: int | None) -> DecodePlan:
         plan = DecodePlan(
@@ -76,7 +81,7 @@ class TritonPagedAttention:
             dtype=self._dtype,
             device=self._device,
         )
-        plan.update(lengths)
+        plan.update(lengths, pdl=self._pdl)
         return plan
 
     def _chunks(
@@ -105,6 +110,7 @@ class _DecodeRows(NamedTuple):
     lengths: Tensor
     plan: DecodePlan
     windowed_plan: DecodePlan
+    pdl: bool
 
     @property
     def tokens(self) -> int:
@@ -112,7 +118,7 @@ class _DecodeRows(NamedTuple):
 
     def attend(self, out: Tensor, q: Tensor, cache: Tensor, windowed: bool) -> None:
         plan = self.windowed_plan if windowed else self.plan
-        decode(out, q, cache, self.page_table, self.lengths, plan)
+        decode(out, q, cache, self.page_table, self.lengths, plan, pdl=self.pdl)
 
 
 class _Chunks(NamedTuple):

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from gpu_worker.kernels.segments import Segment
+from gpu_worker.layers import GATE_UP, LayerOps, Linears
 from gpu_worker.layers.linear import Linear
 
 
@@ -17,7 +18,7 @@ class GroupWeights(NamedTuple):
     """The matrices of one adapter for one group of one layer, in the compute dtype."""
 
     lora_a: Tensor  # [sum of the modules' ranks, in]
-    lora_b: tuple[Tensor, ...]  # one [out, rank] per module of the group; the rank may be 0
+    lora_b: tuple[Tensor, ...]  # one [out, rank] per module of the group, by columns; rank may be 0
 
 
 class Adapter(NamedTuple):
@@ -31,26 +32,18 @@ class Adapter(NamedTuple):
     groups: tuple[tuple[GroupWeights, ...], ...]  # [layer][group]
 
 
-class LoraPlan(Protocol):
-    """What the kernels have worked out for one step, for all its layers."""
-
-    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
-        """linear(x) + B A x, each token with its own adapter, if it has one.
-
-        x        [tokens, in]
-        returns  [tokens, sum of the modules' out], the modules of the group side by side
-        """
-        ...
-
-
 class AddingPlan:
-    """A plan that adds to what the base model's product gave."""
+    """Linears that add to what the base model's product gave."""
 
     def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
-        """See LoraPlan."""
+        """See Linears."""
         y = linear(x)
         self.add(y, x, layer, group)
         return y
+
+    def gated(self, linear: Linear, x: Tensor, layer: int, ops: LayerOps) -> Tensor:
+        """See Linears."""
+        return ops.silu_mul(self.apply(linear, x, layer, GATE_UP))
 
     def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
         """y += B A x."""
@@ -58,6 +51,7 @@ class AddingPlan:
 
 
 class LoraKernels(Protocol):
-    def plan(self, segments: list[Segment], adapters: Mapping[int, Adapter]) -> LoraPlan:
-        """Called once per step, before its first layer; adapters is by slot."""
+    def plan(self, segments: list[Segment], adapters: Mapping[int, Adapter]) -> Linears:
+        """The linear layers of a step, each token with its own adapter, if it has one. Called once
+        per step, before its first layer; adapters is by slot."""
         ...

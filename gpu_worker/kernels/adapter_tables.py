@@ -2,7 +2,8 @@
 
 A row per slot, int64[HEAD + layers * modules * RECORD]:
 
-    head      for each group, the largest of its stacked ranks over the layers
+    head      for each group, the largest of its stacked ranks over the layers; for each module,
+              the largest of its ranks
     records   layer after layer, for each module: address of A, address of B, rank,
               and where its ranks start in the group's stacked A
 
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from pipeline.adapter_layout import ALIGNMENT, GROUPS, MODULES, ModuleShape
 
-HEAD = len(GROUPS)
+MODULE_HEAD = len(GROUPS)  # where those of the modules start
+HEAD = MODULE_HEAD + len(MODULES)
 RECORD = 4
 LORA_A, LORA_B, RANK, START = range(RECORD)
 
@@ -42,6 +44,8 @@ class AdapterTables:
                     f"{ALIGNMENT} bytes: the As of a group are not one matrix"
                 )
         self.dtype = dtype
+        self.out_bytes = [shape.out_features * dtype.itemsize for shape in shapes]
+        self.max_ranks = np.zeros((slots, len(MODULES)), np.int64)  # of each slot, over the layers
         self._layers = layers
         self._sizes = _Sizes(shapes, dtype.itemsize)
         self.table = torch.zeros((slots, self.row_elements(layers)), dtype=torch.int64).to(device)
@@ -68,6 +72,7 @@ class AdapterTables:
         row = self._sizes.row(np.asarray(ranks, np.int64), address)
         if len(row) != self.table.shape[1]:
             raise ValueError(f"{len(ranks)} ranks for {self._layers} layers")
+        self.max_ranks[slot] = row[MODULE_HEAD:HEAD]
         staged = self._staging[slot]
         staged.numpy()[:] = row
         self.table[slot].copy_(staged, non_blocking=True)
@@ -111,6 +116,7 @@ class _Sizes:
                 ends - of_layers[:, group[0] : group[-1] + 1]
             )
             row[index] = ends[:, -1].max()
+        row[MODULE_HEAD:HEAD] = of_layers.max(axis=0)
         return row
 
     def layer_bytes(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Expand: y += B h for all modules of a group, alone or with the residual add."""
+"""Expand: y += B h for all modules of a group."""
 
 import triton
 import triton.language as tl
@@ -6,27 +6,22 @@ import triton.language as tl
 from gpu_worker.kernels.triton_expand_parts import (
     class_of,
     expanded,
-    in_class,
     module_of,
     strip_of,
     whole_x,
 )
 from gpu_worker.kernels.triton_step import share
 
-SQUARED = 32  # outputs whose squares are summed up
-
 
 @triton.jit
 def _strip_of_module(
-    y_row, residual_row, squares_row, valid, h, h_row, count, start, rank, lora_b,
-    out, column, block_start, block_end,
-    RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    SQUARED_N: tl.constexpr, CLASS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    y_row, valid, h, h_row, count, start, rank, lora_b, out, column, block_start, block_end,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    CLASS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of one module, for a class of ranks. Rows are pointers [BLOCK_M] to tokens."""
+    """The blocks of one module, for a class of ranks. y_row are pointers [BLOCK_M] to tokens."""
     parts: tl.constexpr = 1 if CLASS == 0 else 2  # of a block, so that B's has bounded size
     PART_N: tl.constexpr = BLOCK_N // parts
-    rank = in_class(rank, CLASS)
     x = whole_x(h, h_row, count, start, rank, lora_b, BLOCK_M, BLOCK_R, CLASS)
     cols = tl.arange(0, PART_N)
     for block in tl.range(block_start * parts, block_end * parts, num_stages=STAGES):
@@ -35,50 +30,26 @@ def _strip_of_module(
         if not EVEN:
             mask = mask & (outs < out)[None, :]
         y_block = y_row[:, None] + (column + outs)[None, :]
-        before = tl.load(y_block, mask=mask, other=0.0)
-        total = before.to(tl.float32)
-        if RESIDUAL:
-            residual_block = residual_row[:, None] + outs[None, :]
-            total += tl.load(residual_block, mask=mask, other=0.0).to(tl.float32)
+        total = tl.load(y_block, mask=mask, other=0.0).to(tl.float32)
         acc = tl.zeros((BLOCK_M, PART_N), tl.float32)
         total += expanded(
             acc, x, h, h_row, count, start, rank, lora_b, outs, out, BLOCK_M, BLOCK_R, CLASS, EVEN
         )
-        if RESIDUAL:
-            rounded = total.to(before.dtype)
-            tl.store(residual_block, rounded, mask=mask)
-            squared = rounded.to(tl.float32) * rounded.to(tl.float32)
-            sums: tl.constexpr = PART_N // SQUARED_N
-            squared = tl.sum(tl.reshape(squared, (BLOCK_M, sums, SQUARED_N)), axis=2)
-            number = block * sums + tl.arange(0, sums)
-            squared_mask = valid[:, None] & (number * SQUARED_N < out)[None, :]
-            tl.store(squares_row[:, None] + number[None, :], squared, mask=squared_mask)
-        else:
-            tl.store(y_block, total, mask=mask)
+        tl.store(y_block, total, mask=mask)
 
 
 @triton.jit(do_not_specialize=["record"])
 def expand_kernel(
-    y, y_stride, table, table_stride, record, tiles, tile_count, h_rows, h, residual, squares,
+    y, y_stride, table, table_stride, record, tiles, tile_count, h_rows, h,
     OUT_0: tl.constexpr, OUT_1: tl.constexpr, OUT_2: tl.constexpr, MODULES: tl.constexpr,
-    RESIDUAL: tl.constexpr, SQUARED_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PROGRAMS: tl.constexpr,
-    STAGES: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """y += B h; or with RESIDUAL (and one module) residual += y + B h, and its squares.
-
-    residual  [tokens, OUT_0], contiguous
-    squares   fp32[tokens, OUT_0 / SQUARED_N]: the sums of squares of parts of the new residual
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     blocks_0: tl.constexpr = (OUT_0 + BLOCK_N - 1) // BLOCK_N
     blocks_1: tl.constexpr = (OUT_1 + BLOCK_N - 1) // BLOCK_N
     blocks_2: tl.constexpr = (OUT_2 + BLOCK_N - 1) // BLOCK_N
     blocks: tl.constexpr = blocks_0 + blocks_1 + blocks_2
     even: tl.constexpr = (OUT_0 % BLOCK_N == 0) & (OUT_1 % BLOCK_N == 0) & (OUT_2 % BLOCK_N == 0)
-    sums: tl.constexpr = (OUT_0 + SQUARED_N - 1) // SQUARED_N
     n = tl.load(tile_count)
     strips = share(n, PROGRAMS, blocks)
     of_strip = tl.cdiv(blocks, strips)
@@ -90,8 +61,6 @@ def expand_kernel(
         token = first + rows
         valid = rows < count
         y_row = y + token * y_stride
-        residual_row = residual + token * OUT_0
-        squares_row = squares + token * sums
         for module in range(MODULES):
             in_1 = tl.minimum(module, 1)
             in_2 = tl.maximum(module - 1, 0)
@@ -103,30 +72,20 @@ def expand_kernel(
             end = tl.minimum(strip + of_strip - before_module, of_module)
             if start < end:
                 lora_b, rank, rank_start = module_of(place + module * RECORD, slot, y)
-                if not RESIDUAL:
-                    end = tl.where(rank == 0, start, end)
+                end = tl.where(rank == 0, start, end)
                 which = class_of(rank)
                 if which == 0:
                     _strip_of_module(
-                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
-                        rank, lora_b, out, column, start, end,
-                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 0, even, STAGES,
+                        y_row, valid, h, h_row, count, rank_start, rank, lora_b, out, column,
+                        start, end, BLOCK_M, BLOCK_N, BLOCK_R, 0, even, STAGES,
                     )  # fmt: skip
                 elif which == 1:
                     _strip_of_module(
-                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
-                        rank, lora_b, out, column, start, end,
-                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 1, even, STAGES,
-                    )  # fmt: skip
-                elif which == 2:
-                    _strip_of_module(
-                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
-                        rank, lora_b, out, column, start, end,
-                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 2, even, 1,
+                        y_row, valid, h, h_row, count, rank_start, rank, lora_b, out, column,
+                        start, end, BLOCK_M, BLOCK_N, BLOCK_R, 1, even, STAGES,
                     )  # fmt: skip
                 else:
                     _strip_of_module(
-                        y_row, residual_row, squares_row, valid, h, h_row, count, rank_start,
-                        rank, lora_b, out, column, start, end,
-                        RESIDUAL, BLOCK_M, BLOCK_N, BLOCK_R, SQUARED_N, 3, even, 1,
+                        y_row, valid, h, h_row, count, rank_start, rank, lora_b, out, column,
+                        start, end, BLOCK_M, BLOCK_N, BLOCK_R, 2, even, 1,
                     )  # fmt: skip

@@ -5,16 +5,15 @@ blocks of outputs. Within a module of the strip, B's address, the rank and h sta
 loop over blocks has nothing to do but stream B and y, several blocks ahead. How wide h is in
 registers is decided before that loop, by the class of the rank:
 
-    NARROW    up to 16, a multiple of 8
-    MEDIUM    up to 64, a multiple of 8
-    WIDE      more, a multiple of 8: 64 at a time, within the loop over blocks
-    ODD       any other: 16 at a time, without whole vectors
+    NARROW    up to 16
+    MEDIUM    up to 64
+    WIDE      more: 64 at a time, within the loop over blocks
 """
 
 import triton
 import triton.language as tl
 
-NARROW, MEDIUM, WIDE, ODD = range(4)
+NARROW, MEDIUM, WIDE = range(3)
 NARROW_RANKS = 16
 MEDIUM_RANKS = 64
 
@@ -44,8 +43,7 @@ def module_of(record, slot, like):
 
 @triton.jit
 def class_of(rank):
-    narrow_or_medium = tl.where(rank <= 16, 0, 1)
-    return tl.where(rank % 8 != 0, 3, tl.where(rank <= 64, narrow_or_medium, 2))
+    return tl.where(rank <= 16, 0, tl.where(rank <= 64, 1, 2))
 
 
 @triton.jit
@@ -65,13 +63,13 @@ def shrunk(
 
 @triton.jit
 def lora_b_block(lora_b, rank, first, outs, OUT, RANKS: tl.constexpr, EVEN: tl.constexpr):
-    """[outs, RANKS] of B: ranks `first` and on."""
+    """[RANKS, outs] of B transposed, as it lies in the pool: ranks `first` and on."""
     r = first + tl.arange(0, RANKS)
-    mask = (r < rank)[None, :]
+    mask = (r < rank)[:, None]
     if not EVEN:
-        mask = mask & (outs < OUT)[:, None]
+        mask = mask & (outs < OUT)[None, :]
     return tl.load(
-        lora_b + outs[:, None].to(tl.int64) * rank + r[None, :],
+        lora_b + r[:, None].to(tl.int64) * OUT + outs[None, :],
         mask=mask,
         other=0.0,
         eviction_policy="evict_first",
@@ -101,20 +99,13 @@ def expanded(
     """acc fp32[BLOCK_M, outs] += B h for a module; x is whole_x of its class."""
     if CLASS == 0:
         b = lora_b_block(lora_b, rank, 0, outs, OUT, 16, EVEN)
-        acc = tl.dot(x, tl.trans(b), acc, input_precision="ieee")
+        acc = tl.dot(x, b, acc, input_precision="ieee")
     elif CLASS == 1:
         b = lora_b_block(lora_b, rank, 0, outs, OUT, 64, EVEN)
-        acc = tl.dot(x, tl.trans(b), acc, input_precision="ieee")
+        acc = tl.dot(x, b, acc, input_precision="ieee")
     else:
-        step: tl.constexpr = 64 if CLASS == 2 else 16
-        for first in range(0, rank, step):
-            b = lora_b_block(lora_b, rank, first, outs, OUT, step, EVEN)
-            xs = shrunk(h, h_row, count, start, rank, first, lora_b, BLOCK_M, BLOCK_R, step)
-            acc = tl.dot(xs, tl.trans(b), acc, input_precision="ieee")
+        for first in range(0, rank, 64):
+            b = lora_b_block(lora_b, rank, first, outs, OUT, 64, EVEN)
+            xs = shrunk(h, h_row, count, start, rank, first, lora_b, BLOCK_M, BLOCK_R, 64)
+            acc = tl.dot(xs, b, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def in_class(rank, CLASS: tl.constexpr):
-    """The same rank, written so that the compiler sees that whole vectors can be loaded."""
-    return rank if CLASS == 3 else rank // 8 * 8

@@ -6,7 +6,6 @@ import triton.language as tl
 from gpu_worker.kernels.triton_expand_parts import (
     class_of,
     expanded,
-    in_class,
     module_of,
     strip_of,
     whole_x,
@@ -23,8 +22,6 @@ def _strip(
 ):  # fmt: skip
     parts: tl.constexpr = 1 if CLASS == 0 else 2
     PART_N: tl.constexpr = BLOCK_N // parts
-    gate_rank = in_class(gate_rank, CLASS)
-    up_rank = in_class(up_rank, CLASS)
     gate_x = whole_x(h, h_row, count, gate_start, gate_rank, gate_b, BLOCK_M, BLOCK_R, CLASS)
     up_x = whole_x(h, h_row, count, up_start, up_rank, up_b, BLOCK_M, BLOCK_R, CLASS)
     cols = tl.arange(0, PART_N)
@@ -53,12 +50,9 @@ def _strip(
 def expand_silu_kernel(
     gate_up, gate_up_stride, act, table, table_stride, record, tiles, tile_count, h_rows, h,
     OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+    PROGRAMS: tl.constexpr, STAGES: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
     """gate_up [tokens, 2 * OUT], act [tokens, OUT]; a block is the same outputs of both."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     even: tl.constexpr = OUT % BLOCK_N == 0
     n = tl.load(tile_count)
@@ -89,13 +83,8 @@ def expand_silu_kernel(
                 up_b, up_rank, up_start, start, end, OUT, BLOCK_M, BLOCK_N, BLOCK_R, 1, even,
                 STAGES,
             )  # fmt: skip
-        elif which == 2:
-            _strip(
-                gate_row, act_row, valid, h, h_row, count, gate_b, gate_rank, gate_start,
-                up_b, up_rank, up_start, start, end, OUT, BLOCK_M, BLOCK_N, BLOCK_R, 2, even, 1,
-            )  # fmt: skip
         else:
             _strip(
                 gate_row, act_row, valid, h, h_row, count, gate_b, gate_rank, gate_start,
-                up_b, up_rank, up_start, start, end, OUT, BLOCK_M, BLOCK_N, BLOCK_R, 3, even, 1,
+                up_b, up_rank, up_start, start, end, OUT, BLOCK_M, BLOCK_N, BLOCK_R, 2, even, 1,
             )  # fmt: skip

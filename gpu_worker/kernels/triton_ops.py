@@ -36,8 +36,9 @@ def add_rms_norm(
 ) -> Tensor:
     """residual += x, rounded to the compute dtype; then rms_norm of it.
 
-    x, residual  [tokens, hidden], rows may be strided; residual is changed
-    returns      [tokens, hidden]: `out`, which may be x, or a new tensor
+    x         [tokens, hidden], or [parts, tokens, hidden], which are summed up; rows may be strided
+    residual  [tokens, hidden], rows may be strided; changed
+    returns   [tokens, hidden]: `out`, which may be x, or a new tensor
     """
     return _launch_norm(x, residual, weight, eps, out, pdl)
 
@@ -69,9 +70,9 @@ def silu_mul(gate_up: Tensor, *, out: Tensor | None = None, pdl: bool = False) -
 def _launch_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor | None, pdl: bool
 ) -> Tensor:
-    tokens, width = x.shape
+    tokens, width = x.shape[-2:]
     if out is None:
-        out = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
+        out = torch.empty((tokens, width), dtype=weight.dtype, device=x.device)
     if tokens:
         block = triton.next_power_of_2(width)
         _norm_kernel[(tokens,)](
@@ -79,12 +80,14 @@ def _launch_norm(
             x if residual is None else residual,
             weight,
             out,
+            x.stride(-2),
             x.stride(0),
             0 if residual is None else residual.stride(0),
             out.stride(0),
             width,
             eps,
             BLOCK=block,
+            PARTS=x.shape[0] if x.ndim == 3 else 1,
             ADD=residual is not None,
             PDL=pdl,
             num_warps=min(max(block // 512, 1), 8),
@@ -100,11 +103,13 @@ def _norm_kernel(
     weight_ptr,
     out_ptr,
     x_stride,
+    part_stride,
     residual_stride,
     out_stride,
     width,
     eps,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     ADD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -117,6 +122,8 @@ def _norm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + column, inside, other=0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + part * part_stride + row * x_stride + column, inside, other=0)
     if ADD:
         place = residual_ptr + row * residual_stride + column
         residual = tl.load(place, inside, other=0)

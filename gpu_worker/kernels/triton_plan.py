@@ -11,6 +11,7 @@ from gpu_worker.kernels.segments import Segment
 from gpu_worker.kernels.tiles import make_tiles
 from gpu_worker.kernels.triton_lora import TritonLora
 from gpu_worker.kernels.triton_step import StepTables
+from gpu_worker.layers import GATE_UP, LayerOps
 from gpu_worker.layers.linear import Linear
 
 
@@ -21,40 +22,33 @@ class TritonKernels:
         self._lora = lora
         self._device = device
 
-    def plan(self, segments: list[Segment], adapters: Mapping[int, Adapter]) -> AddingPlan:
+    def plan(self, segments: list[Segment], adapters: Mapping[int, Adapter]) -> "TritonPlan":
         tiles = make_tiles(segments, self._lora.tuning.tile_height)
         count = torch.tensor([len(tiles)], dtype=torch.int32)
         tables = self._lora.prepare(
             to_device(tiles, self._device), count.to(self._device, non_blocking=True)
         )
-        return TritonPlan(self._lora, tables)
+        return TritonPlan(self._lora, tables, int(tiles[:, 1].sum()))
 
 
 class TritonPlan(AddingPlan):
-    """One after the other, on one stream."""
+    """covered  how many tokens have an adapter"""
 
-    def __init__(self, lora: TritonLora, tables: StepTables) -> None:
+    def __init__(self, lora: TritonLora, tables: StepTables, covered: int = -1) -> None:
         self._lora = lora
         self._tables = tables
+        self._covered = covered
+
+    def gated(self, linear: Linear, x: Tensor, layer: int, ops: LayerOps) -> Tensor:
+        """See Linears."""
+        if self._covered != len(x):
+            return super().gated(linear, x, layer, ops)
+        gate_up = linear(x)
+        self._lora.shrink(x, self._tables, layer, GATE_UP)
+        act = x.new_empty((len(x), gate_up.shape[1] // 2))
+        self._lora.expand_silu(gate_up, act, self._tables, layer)
+        return act
 
     def add(self, y: Tensor, x: Tensor, layer: int, group: int) -> None:
         self._lora.shrink(x, self._tables, layer, group)
         self._lora.expand(y, self._tables, layer, group)
-
-
-class OverlappedPlan(TritonPlan):
-    """The shrink runs beside the base model's product, on a stream of its own."""
-
-    def __init__(self, lora: TritonLora, tables: StepTables, stream: torch.cuda.Stream) -> None:
-        super().__init__(lora, tables)
-        self._stream = stream
-
-    def apply(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
-        here = torch.cuda.current_stream()
-        self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            self._lora.shrink(x, self._tables, layer, group)
-        y = linear(x)
-        here.wait_stream(self._stream)
-        self._lora.expand(y, self._tables, layer, group)
-        return y

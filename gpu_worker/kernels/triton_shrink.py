@@ -2,27 +2,16 @@
 
 Each entry (a tile of tokens and a block of its adapter's ranks) is shared by as many programs as
 there are to spare, each with its part of the input features. The program that is done last sums up
-what the others left in `parts`, always in the same order. The other way, by atomics, needs an h
-that is zero, and its last bits differ from run to run.
+what the others left in `parts`, always in the same order, so that a result can be had again.
 
 h has rows of BLOCK_R: entry after entry, in each its tokens; in the compute dtype, for the expand
-kernel's tensor cores (fp32 for atomics). `parts` is the same in fp32, with an entry's parts in a
-row.
+kernel's tensor cores. `parts` is the same in fp32, with an entry's parts in a row.
 """
 
 import triton
 import triton.language as tl
 
 from gpu_worker.kernels.triton_step import share
-
-
-@triton.jit
-def _inverse_rms(squares, row, valid, K, eps, SQUARES: tl.constexpr, SQUARES_P2: tl.constexpr):
-    """fp32[rows] from the partial sums of squares, fp32[tokens, SQUARES]."""
-    part = tl.arange(0, SQUARES_P2)
-    mask = valid[:, None] & (part < SQUARES)[None, :]
-    partial = tl.load(squares + row[:, None] * SQUARES + part[None, :], mask=mask, other=0.0)
-    return 1.0 / tl.sqrt(tl.sum(partial, axis=1) / K + eps)
 
 
 @triton.jit
@@ -49,19 +38,11 @@ def _combine(
 @triton.jit(do_not_specialize=["record"])
 def shrink_kernel(
     x, x_stride, table, table_stride, record, entries, entry_count, h, parts, arrivals,
-    normed, norm_weight, squares, eps,
-    K: tl.constexpr, MODULES: tl.constexpr, NORM: tl.constexpr, SQUARES: tl.constexpr,
-    SQUARES_P2: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+    K: tl.constexpr, MODULES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, MOST_SPLITS: tl.constexpr, PROGRAMS: tl.constexpr,
-    ATOMIC: tl.constexpr, ENTRY_SIZE: tl.constexpr, RECORD: tl.constexpr, PDL: tl.constexpr,
+    ENTRY_SIZE: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """With NORM, x is the residual stream: it is normed on the way, and written to `normed`.
-
-    arrivals  int32 per entry, all 0 before and after
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    """arrivals is int32 per entry, all 0 before and after."""
     items = tl.load(entry_count)
     splits = share(items, PROGRAMS, MOST_SPLITS)
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), splits) * BLOCK_K
@@ -92,13 +73,8 @@ def shrink_kernel(
         a_row += (rank_start + r).to(tl.int64) * K
         start = split * part
         end = tl.minimum(start + part, K)
-        if NORM:
-            scale = _inverse_rms(squares, row, in_tile, K, eps, SQUARES, SQUARES_P2)
-            if (rank_start >= ranks) & (rank_start > 0):
-                end = start
-        else:
-            if rank_start >= ranks:
-                end = start
+        if rank_start >= ranks:
+            end = start
         acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
         for k in range(0, end - start, BLOCK_K):
             ks = start + k + kk
@@ -111,18 +87,11 @@ def shrink_kernel(
                 a_row[:, None] + ks[None, :], mask=a_mask, other=0.0, eviction_policy="evict_first"
             )
             xs = tl.load(x_row[:, None] + ks[None, :], mask=x_mask, other=0.0)
-            if NORM:
-                weight = tl.load(norm_weight + ks, mask=ks < K, other=0.0).to(tl.float32)
-                xs = (xs.to(tl.float32) * scale[:, None] * weight[None, :]).to(xs.dtype)
-                if rank_start == 0:
-                    tl.store(normed + row[:, None] * K + ks[None, :], xs, mask=x_mask)
             acc = tl.dot(xs, tl.trans(a), acc, input_precision="ieee")
         in_block = m[:, None] * BLOCK_R + r[None, :]
         h_block = h + h_row * BLOCK_R + in_block
         mask = in_tile[:, None] & in_rank[None, :]
-        if ATOMIC:
-            tl.atomic_add(h_block, acc, mask=mask, sem="relaxed")
-        elif splits == 1:
+        if splits == 1:
             tl.store(h_block, acc, mask=mask)
         elif rank_start < ranks:
             _combine(

@@ -24,7 +24,7 @@ def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The layer of a weight [out, in] and a bias [out]; once packed, it does not hold `weight`."""
     if _can_pack(weight):
         return _PackedLinear(weight, bias)
-    return _PlainLinear(weight, bias)
+    return PlainLinear(weight, bias)
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -48,10 +48,13 @@ class _PackedLinear:
         return y
 
 
-class _PlainLinear:
+class PlainLinear:
+    """One whose weight lies as it came."""
+
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
+        self.weight = weight
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        """See Linear."""
+        return F.linear(x, self.weight, self.bias)

@@ -13,6 +13,7 @@ class TritonOps:
     cos_sin    fp32[positions, head_dim], see Rotary.table
     positions  int64[tokens]
     kv_slots   int64[tokens], where their keys and values go; -1: nowhere
+    pdl        see kernels.triton_ops
     """
 
     def __init__(
@@ -24,7 +25,9 @@ class TritonOps:
         norm_eps: float,
         positions: Tensor,
         kv_slots: Tensor,
+        pdl: bool,
     ) -> None:
+        self._pdl = pdl
         self._cos_sin = cos_sin
         self._kv_cache = kv_cache
         self._kv_heads = kv_heads
@@ -33,10 +36,10 @@ class TritonOps:
         self._kv_slots = kv_slots
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight, self._norm_eps)
+        return rms_norm(x, weight, self._norm_eps, pdl=self._pdl)
 
     def add_norm(self, x: Tensor, residual: Tensor, weight: Tensor) -> Tensor:
-        return add_rms_norm(x, residual, weight, self._norm_eps, out=x)
+        return add_rms_norm(x, residual, weight, self._norm_eps, pdl=self._pdl)
 
     def rotate_and_store(self, layer: int, qkv: Tensor, qk_norm: Tensor | None) -> None:
         rotate_and_store(
@@ -50,7 +53,8 @@ class TritonOps:
             qkv.shape[2],
             qk_norm,
             self._norm_eps,
+            pdl=self._pdl,
         )
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(gate_up)
+        return silu_mul(gate_up, pdl=self._pdl)

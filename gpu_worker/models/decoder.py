@@ -8,22 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpu_worker.attention import AttentionPlan
-from gpu_worker.kernels import LoraPlan
 from gpu_worker.kv_cache import KvCache
-from gpu_worker.layers import LayerOps
+from gpu_worker.layers import DOWN, OUT, QKV, LayerOps, Linears
 from gpu_worker.layers.linear import Linear, make_linear
 from gpu_worker.weights import EMBEDDING, LM_HEAD, NORM, Checkpoint, module_name
 from pipeline.model_config import ModelConfig
 from pipeline.progress import progress
-
-QKV, OUT, GATE_UP, DOWN = range(4)  # adapter_layout.GROUPS
 
 
 class Pass(NamedTuple):
     """What one forward pass is given.
 
     sampled  int64[sampled], the tokens whose logits are wanted; None: all
-    lora     None: no token has an adapter
     enter    called with each layer's number before anything of it is launched
     """
 
@@ -32,12 +28,8 @@ class Pass(NamedTuple):
     ops: LayerOps
     attention: AttentionPlan
     kv_cache: KvCache
-    lora: LoraPlan | None
+    linears: Linears
     enter: Callable[[int], None] | None = None
-
-    def linear(self, linear: Linear, x: Tensor, layer: int, group: int) -> Tensor:
-        """A group of linear layers, with each token's adapter."""
-        return linear(x) if self.lora is None else self.lora.apply(linear, x, layer, group)
 
 
 class _Layer(NamedTuple):
@@ -80,7 +72,7 @@ class Decoder:
 
     def _attention(self, index: int, layer: _Layer, x: Tensor, step: Pass) -> Tensor:
         heads, rotated = self._config.heads, self._config.heads + self._config.kv_heads
-        qkv = step.linear(layer.qkv, x, index, QKV)
+        qkv = step.linears.apply(layer.qkv, x, index, QKV)
         qkv = qkv.view(-1, rotated + self._config.kv_heads, self._config.head_dim)
         step.ops.rotate_and_store(index, qkv, layer.qk_norm)
         attended = step.attention.attend(
@@ -90,11 +82,11 @@ class Decoder:
             step.kv_cache.layer(index),
             layer.windowed,
         )
-        return step.linear(layer.out, attended, index, OUT)
+        return step.linears.apply(layer.out, attended, index, OUT)
 
     def _mlp(self, index: int, layer: _Layer, x: Tensor, step: Pass) -> Tensor:
-        gate_up = step.linear(layer.gate_up, x, index, GATE_UP)
-        return step.linear(layer.down, step.ops.silu_mul(gate_up), index, DOWN)
+        act = step.linears.gated(layer.gate_up, x, index, step.ops)
+        return step.linears.apply(layer.down, act, index, DOWN)
 
 
 def _read_layers(config: ModelConfig, checkpoint: Checkpoint) -> Iterator[_Layer]:

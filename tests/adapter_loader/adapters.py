@@ -85,7 +85,7 @@ def unpacked(extent: bytes, ranks: bytes, base: BaseModel) -> dict[tuple[int, in
             place = placed.at(layer, module)
             if place.rank:
                 a = matrix(place.a_offset, place.rank, shape.in_features)
-                b = matrix(place.b_offset, shape.out_features, place.rank)
+                b = matrix(place.b_offset, place.rank, shape.out_features).T
                 deltas[layer, module] = b @ a
     return deltas
 

@@ -34,7 +34,7 @@ def pack(
     data = bytearray(places.nbytes)
     for (layer, module), (a, b) in weights.items():
         place = places.at(layer, module)
-        for offset, matrix in ((place.a_offset, a), (place.b_offset, b)):
+        for offset, matrix in ((place.a_offset, a), (place.b_offset, b.T)):
             raw = matrix.detach().to(dtype).contiguous().view(torch.uint8).numpy().tobytes()
             data[offset : offset + len(raw)] = raw
     return Packed(bytes(data), ranks)

@@ -60,8 +60,8 @@ def generate(worker: Worker, sampling: Sampling, block_tokens: int) -> list[Row]
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"cuda_graphs": False},
+        {"attention": "flash"},
+        {"attention": "flash", "cuda_graphs": False},
         {"attention": "triton", "kv_block_tokens": 16},
         {"attention": "triton", "kv_block_tokens": 16, "cuda_graphs": False},
         {"attention": "sdpa", "kv_block_tokens": 16},

@@ -12,14 +12,23 @@ from gpu_worker.kernels.adapter_tables import AdapterTables
 from gpu_worker.kernels.reference import Reference
 from gpu_worker.kernels.segments import Segment
 from gpu_worker.kernels.tiles import make_tiles
-from gpu_worker.kernels.triton_lora import QKV, TritonLora, Tuning
+from gpu_worker.kernels.triton_lora import TritonLora, Tuning
 from gpu_worker.kernels.triton_step import StepTables
+from gpu_worker.layers import QKV
 from pipeline.adapter_layout import GROUPS, ModuleShape
 from tests.gpu_worker import interpreter  # noqa: F401
 from tests.gpu_worker.lora import make_pool, make_shapes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SMALL = Tuning(k_block=32, splits=4, shrink_programs=12, out_block=64, expand_programs=10)
+SMALL = Tuning(
+    tile_height=16,
+    rank_block=16,
+    k_block=32,
+    splits=4,
+    shrink_programs=12,
+    out_block=64,
+    expand_programs=10,
+)
 LAYERS = 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3}
 if torch.cuda.is_available():  # the interpreter's dot of bf16 is not right
@@ -66,7 +75,6 @@ class Case:
         self.lora = TritonLora(
             tables=tables,
             shapes=self.shapes,
-            layers=LAYERS,
             tokens=self.tokens,
             sequences=len(runs),
             tuning=tuning,
@@ -160,7 +168,6 @@ def test_any_number_of_programs_does_all_the_work(programs: int) -> None:
 @pytest.mark.parametrize(
     "tuning",
     [
-        SMALL._replace(atomic=True),
         SMALL._replace(splits=1),
         SMALL._replace(tile_height=32, rank_block=32),
     ],
