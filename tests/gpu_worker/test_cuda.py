@@ -166,17 +166,17 @@ def test_a_graph_waits_for_the_whole_adapter(folder: Path) -> None:
     """A decode row whose adapter was overwritten by itself, as a prefix hit could bring about."""
     worker, copies = on_gpu(folder)
     driver = Driver(worker, blocks=range(100), block_tokens=16)
-    driver.add(0, prompt(1, 20, 1000), slot=0)
+    driver.add(0, prompt(1, 20, 1000), slot=2)
     driver.step(prefill=[(0, 20)], copies=copies)
     expected = [driver.step(decode=[0]).tokens[0] for _ in range(2)]
     driver.free(0)
-    driver.add(0, prompt(1, 20, 1000), slot=0)
+    driver.add(0, prompt(1, 20, 1000), slot=2)
     driver.prefill_all([0])
     assert isinstance(worker.adapters, CudaAdapterPool)
     torch.cuda.synchronize()
     worker.adapters._pool.zero_()  # what a step that does not wait would read
     hold_copies(worker)
-    worker.place(PlaceAdapter(copies[0]))
+    worker.place(PlaceAdapter(copies[2]))
     assert [driver.step(decode=[0]).tokens[0] for _ in range(2)] == expected
 
 
@@ -191,12 +191,17 @@ def test_a_step_does_not_wait_for_adapters_that_it_does_not_use(
     driver.step(prefill=[(0, 20), (1, 20)], copies=copies[1:2])
     torch.cuda.synchronize()
     assert worker.adapters.placed() == [1]
-    driver.step(decode=[0, 1])  # what is compiled once is, before
+
+    def steps_of_others(row: int) -> None:
+        """A decode step and a prefill."""
+        driver.step(decode=[0, 1])
+        new = NewRow(row, 1, ints(prompt(3, 9, 1000)), 9, 0, ints([90 + row]), GREEDY, False)
+        worker.run(Step(99, prefill=ints([row, 0, 9]), new_rows=(new,)))
+
+    steps_of_others(2)  # loads the kernels, which may wait for the whole device
     hold_copies(worker)
     worker.place(PlaceAdapter(copies[0]))
-    driver.step(decode=[0, 1])
-    new = NewRow(2, 1, ints(prompt(3, 9, 1000)), 9, 0, ints([90]), GREEDY, False)
-    worker.run(Step(99, prefill=ints([2, 0, 9]), new_rows=(new,)))
+    steps_of_others(3)
     assert worker.adapters.placed() == []  # so no step has waited
     torch.cuda.synchronize()
     assert worker.adapters.placed() == [0]
@@ -236,13 +241,17 @@ def test_the_first_layers_do_not_wait_for_the_last_ones() -> None:
 
 @pytest.mark.parametrize("in_use", [True, False])
 @pytest.mark.parametrize("shift", [256, 40 << 20], ids=["overlapping", "apart"])
-def test_an_adapter_that_is_moved_stays_the_same(folder: Path, shift: int, in_use: bool) -> None:
+@pytest.mark.parametrize("slot", [0, 2])
+def test_an_adapter_that_is_moved_stays_the_same(
+    folder: Path, slot: int, shift: int, in_use: bool
+) -> None:
     worker, copies = on_gpu(folder)
-    assert AT + copies[0].nbytes + copies[1].nbytes < worker.adapters.nbytes
-    placed = replace(copies[0], pool_offset=AT)
+    moved = copies[slot]
+    assert AT + moved.nbytes + copies[1].nbytes < worker.adapters.nbytes
+    placed = replace(moved, pool_offset=AT)
     driver = Driver(worker, blocks=range(100), block_tokens=16)
     for row in (0, 1):
-        driver.add(row, prompt(1, 20, 1000), slot=0)
+        driver.add(row, prompt(1, 20, 1000), slot=slot)
     driver.step(prefill=[(0, 20)], copies=(placed,))
     expected = [driver.step(decode=[0]).tokens[0] for _ in range(8)]
 
@@ -250,8 +259,8 @@ def test_an_adapter_that_is_moved_stays_the_same(folder: Path, shift: int, in_us
     found = [driver.step(decode=[1]).tokens[1] for _ in range(4)]
     torch.cuda.synchronize()
     worker.adapters.placed()
-    move = AdapterMove(0, AT, AT - shift, copies[0].nbytes, in_use)
-    copy = replace(copies[1], pool_offset=AT - shift + copies[0].nbytes)  # over its old bytes
+    move = AdapterMove(slot, AT, AT - shift, moved.nbytes, in_use)
+    copy = replace(copies[1], pool_offset=AT - shift + moved.nbytes)  # over its old bytes
     if in_use:
         launched = worker.launch(Step(50, decode_rows=ints([1])))  # still reads the old place
         worker.place(PlaceAdapter(copy, (move,)))
