@@ -67,7 +67,7 @@ class _Placing(NamedTuple):
     """A placement on its way; all of these are pinned by it."""
 
     adapter: Adapter
-    moved: list[AdapterKey]
+    moved: list[Adapter]
 
 
 class Adapters:
@@ -158,10 +158,8 @@ class Adapters:
 
     def unpin(self, key: AdapterKey) -> None:
         adapter = self._adapter_of[key]
-        adapter.pins -= 1
-        if adapter.pins == 0:
-            self._touch(adapter)
-            self._room_may_be_found = True
+        self._touch(adapter)
+        self._let_go(adapter)
 
     # --- what the loader says, or does not ---
 
@@ -230,21 +228,32 @@ class Adapters:
         if adapter.extent is None or adapter.extent.slot != slot:
             raise RuntimeError(f"slot {slot} is filled out of order")
         self._release(adapter)
-        for key in (adapter.key, *moved):
-            self.unpin(key)
+        for one in (adapter, *moved):
+            self._let_go(one)
         self._admit()
 
     def _admit(self) -> None:
         """Let those start whose adapter has arrived, or is about to."""
         ahead = 0
-        for adapter, _ in self._arriving:
+        for adapter, moved in self._arriving:
             if ahead > MAX_BYTES_AHEAD:
                 return
             ahead += _nbytes(adapter)
-            if not adapter.admits:
-                adapter.admits = True
-                for sequence in adapter.waiting:
-                    self._ready.add(sequence)
+            for one in (adapter, *moved):
+                if not one.admits:
+                    one.admits = True
+                    for sequence in one.waiting:
+                        self._ready.add(sequence)
+
+    def _let_go(self, adapter: Adapter) -> None:
+        adapter.pins -= 1
+        self._room_may_be_found |= adapter.pins == 0
+
+    def _shut(self, adapter: Adapter) -> None:
+        """Let nobody start with it."""
+        adapter.admits = False
+        for sequence in adapter.waiting:
+            self._ready.discard(sequence)
 
     def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
         place = self._make_place(adapter)
@@ -254,9 +263,12 @@ class Adapters:
         self._without_room.remove(adapter)
         self._touch(adapter)
         message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
-        moved = [move.extent.key for move in place.moves]
-        for key in (adapter.key, *moved):
-            self.pin(key)
+        moved = [self._adapter_of[move.extent.key] for move in place.moves]
+        for one in moved:
+            if one.pins == 0:
+                self._shut(one)  # it is moved behind the copies that are on their way
+        for one in (adapter, *moved):
+            self.pin(one.key)
         self._arriving.append(_Placing(adapter, moved))
         for extent in place.evicted:
             self._evicted(self._adapter_of[extent.key], now)
@@ -287,12 +299,10 @@ class Adapters:
     def _evicted(self, adapter: Adapter, now: float) -> None:
         adapter.extent = None
         adapter.staged = None
-        adapter.admits = False
+        self._shut(adapter)
         if not adapter.waiting:
             del self._adapter_of[adapter.key]
             return
-        for sequence in adapter.waiting:
-            self._ready.discard(sequence)
         self._load(adapter, adapter.waiting[0].adapter_token, now)
 
     def _refuse(self, adapter: Adapter) -> Failed:

@@ -427,3 +427,19 @@ def test_adapters_in_use_are_not_moved_for_one_that_nobody_waits_for() -> None:
     world.stage(nbytes=HALF)
     assert not world.worker.placing
     world.run()
+
+
+def test_a_move_does_not_count_as_a_use() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=False)
+    world.prefetch("large")
+    world.stage(nbytes=HALF)
+    world.arrive()  # b has been moved, d has not
+    world.prefetch("e")
+    world.stage(nbytes=HALF // 2)
+    world.run()
+    world.prefetch("d")
+    assert loads(world).count(key("d")) == 1
+    world.prefetch("b")
+    assert loads(world).count(key("b")) == 2
+    world.run()
