@@ -25,7 +25,7 @@ from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES, layout, pack_ranks
 from pipeline.config import Settings
-from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
+from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 from pipeline.model_folder import model_folder
 
@@ -48,7 +48,8 @@ def load_adapters(worker: Worker, config: ModelConfig, dtype: torch.dtype) -> No
         AdapterCopy(slot, slot * nbytes, slot * nbytes, nbytes, pack_ranks(ranks))
         for slot in range(ADAPTERS)
     )
-    worker.run(Step(1, copies=copies))
+    for copy in copies:
+        worker.place(PlaceAdapter(copy))
 
 
 def prefill_steps(sampling: Sampling, lora: bool) -> list[Step]:

@@ -28,7 +28,7 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES, layout, pack_ranks
-from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
+from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 
 PROMPT, RANK, PROMPTS_PER_STEP, DECODE_STEPS = 128, 16, 32, 40
@@ -51,7 +51,8 @@ def load_adapters(worker: Worker, config: ModelConfig, count: int) -> None:
     copies = tuple(
         AdapterCopy(slot, slot * nbytes, 0, nbytes, pack_ranks(ranks)) for slot in range(count)
     )
-    worker.run(Step(1, copies=copies))
+    for copy in copies:
+        worker.place(PlaceAdapter(copy))
 
 
 def prefill_steps(rows: int, adapters: int, vocabulary: int, blocks: int) -> list[Step]:

@@ -15,7 +15,9 @@ from functools import partial
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterPlaced,
     AttachArena,
+    PlaceAdapter,
     ProcessReady,
     Shutdown,
     Step,
@@ -29,6 +31,7 @@ NAME = "gpu_worker"
 KV_BLOCKS = 1 << 18
 WORDS = range(1000, 30000)  # token ids of ordinary text in the default model's vocabulary
 LIST_TOKENS = 1 << 16
+CPU_ROWS, CPU_STEP_TOKENS = 64, 512
 
 
 class InstantWorker:
@@ -69,7 +72,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
         block_tokens=settings.kv_block_tokens or 16,
         adapter_pool_bytes=settings.adapter_pool_bytes or 1 << 29,
         adapter_slots=settings.adapter_slots,
-        rows=settings.rows,
+        rows=settings.rows or CPU_ROWS,
+        step_tokens=settings.step_tokens or CPU_STEP_TOKENS,
     )
     outbox.send("scheduler", ready)
     for frontend in range(settings.frontends):
@@ -84,6 +88,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
                     done_at = max(done_at + step_seconds, time.monotonic())
                     time.sleep(max(0.0, done_at - time.monotonic()))
                     outbox.send("scheduler", worker.run(message))
+                case PlaceAdapter():
+                    outbox.send("scheduler", AdapterPlaced(message.copy.slot))
                 case Shutdown():
                     working = False
                 case AttachArena():

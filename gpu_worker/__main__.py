@@ -14,7 +14,16 @@ from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
-from pipeline.messages import AttachArena, ProcessReady, Shutdown, Stats, Step, ToGpuWorker
+from pipeline.messages import (
+    AdapterPlaced,
+    AttachArena,
+    PlaceAdapter,
+    ProcessReady,
+    Shutdown,
+    Stats,
+    Step,
+    ToGpuWorker,
+)
 from pipeline.metrics import snapshot
 from pipeline.model_folder import model_folder
 from pipeline.process import run
@@ -57,20 +66,35 @@ class Process:
             if now >= stats_due:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
-            wait_ms = 0 if self._launched else int((stats_due - now) * 1000) + 1
+            wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
             messages = self._inbox.receive(wait_ms)
             for message in messages:
                 match message:
                     case Step():
                         self._launched.append(self._worker.launch(message))
+                    case PlaceAdapter():
+                        self._worker.place(message)
+                        self._send_placed()  # on a CPU it is there, and a step would take long
                     case AttachArena():
                         self._worker.attach_arena(attach(Path(message.path), message.nbytes))
                     case Shutdown():
                         return
                     case _:
                         assert_never(message)
-            if not self._send_done() and not messages and self._launched:
+            placed, done = self._send_placed(), self._send_done()
+            if not (placed or done or messages) and self._is_busy:
                 time.sleep(POLL_SECONDS)
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self._launched) or self._worker.adapters.is_placing
+
+    def _send_placed(self) -> bool:
+        """The adapters that have arrived, in order. Returns whether there was one."""
+        slots = self._worker.adapters.placed()
+        for slot in slots:
+            self._outbox.send("scheduler", AdapterPlaced(slot, index=self._index))
+        return bool(slots)
 
     def _send_done(self) -> bool:
         """The steps that have ended, in order. Returns whether there was one."""

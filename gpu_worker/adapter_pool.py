@@ -1,13 +1,17 @@
 """The adapter pool: packed adapters in one run of device memory, where the scheduler puts them."""
 
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
 
 import torch
 from torch import Tensor
 
+from gpu_worker.arrivals import Arrivals
 from gpu_worker.device import zeros
 from gpu_worker.kernels import Adapter, GroupWeights
+from gpu_worker.kernels.segments import Segment
+from gpu_worker.moves import move_down
 from pipeline.adapter_layout import (
     GROUPS,
     MODULES,
@@ -17,7 +21,9 @@ from pipeline.adapter_layout import (
     layout,
     unpack_ranks,
 )
-from pipeline.messages import AdapterCopy
+from pipeline.messages import AdapterCopy, PlaceAdapter
+
+SCRATCH_BYTES = 1 << 20
 
 
 class AdapterPool:
@@ -41,6 +47,9 @@ class AdapterPool:
         self._arena: Tensor | None = None
         self._adapters: dict[int, Adapter] = {}
         self._versions = 0
+        self._ranks: dict[int, bytes] = {}  # by slot
+        self._scratch = torch.empty((SCRATCH_BYTES,), dtype=torch.uint8, device=device)
+        self._placed: deque[int] = deque()
 
     @property
     def adapters(self) -> Mapping[int, Adapter]:
@@ -51,26 +60,48 @@ class AdapterPool:
         """Copy out of this from now on; it stays mapped as long as the pool holds it."""
         self._arena = torch.frombuffer(arena, dtype=torch.uint8)
 
-    def copy(self, copies: Iterable[AdapterCopy]) -> int:
-        """Bring adapters in, each in place of what its slot held. Returns the bytes copied.
+    def place(self, message: PlaceAdapter) -> None:
+        """Bring an adapter in, in place of what its slot held; it is there when this returns."""
+        for move in message.moves:
+            move_down(self._pool, move.from_offset, move.to_offset, move.nbytes, self._scratch)
+            self._show(move.slot, move.to_offset)
+        self._copy(message.copy)
+        self._placed.append(message.copy.slot)
 
-        The arena is not read any more when this returns.
-        """
-        copied = 0
-        for copy in copies:
-            if self._arena is None:
-                raise ValueError("an adapter is to be copied before the arena is attached")
-            target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
-            target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
-            self._versions += 1
-            self._adapters[copy.slot] = self._views(target, unpack_ranks(copy.ranks))
-            copied += copy.nbytes
-        return copied
+    def placed(self) -> list[int]:
+        """Slots of the placements since the last call, in their order."""
+        slots = list(self._placed)
+        self._placed.clear()
+        return slots
 
-    def _views(self, packed: Tensor, ranks: Sequence[int]) -> Adapter:
+    @property
+    def is_placing(self) -> bool:
+        """Whether `placed` has more to say."""
+        return bool(self._placed)
+
+    def arrivals(self, segments: Iterable[Segment]) -> Arrivals | None:
+        """What a step of these segments has to wait for: nothing, here."""
+        return None
+
+    def _copy(self, copy: AdapterCopy) -> None:
+        if self._arena is None:
+            raise ValueError("an adapter is to be copied before the arena is attached")
+        target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
+        target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
+        self._ranks[copy.slot] = copy.ranks
+        found = self._show(copy.slot, copy.pool_offset)
+        if found.nbytes != copy.nbytes:
+            raise ValueError(f"{copy.nbytes} bytes for an adapter of {found.nbytes}")
+
+    def _show(self, slot: int, offset: int) -> Adapter:
+        """The adapter of this slot lies there from now on."""
+        self._versions += 1
+        self._adapters[slot] = self._views(offset, unpack_ranks(self._ranks[slot]))
+        return self._adapters[slot]
+
+    def _views(self, offset: int, ranks: Sequence[int]) -> Adapter:
         places = layout(ranks, self.shapes, self._dtype.itemsize)
-        if places.nbytes != packed.numel():
-            raise ValueError(f"{packed.numel()} bytes for an adapter of {places.nbytes}")
+        packed = self._pool[offset : offset + places.nbytes]
         layers = len(ranks) // len(MODULES)
         groups = tuple(
             tuple(self._group(packed, places, layer, group) for group in GROUPS)

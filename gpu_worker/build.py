@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from gpu_worker.adapter_pool import AdapterPool
@@ -22,7 +23,7 @@ from gpu_worker.kernels.reference import Reference
 from gpu_worker.kv_cache import KvCache, block_bytes
 from gpu_worker.layers.rotary import Rotary
 from gpu_worker.layers.torch_ops import TorchOps
-from gpu_worker.memory import device_memory, divide
+from gpu_worker.memory import activation_bytes, device_memory, divide, step_sizes
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.rows import RowTable
 from gpu_worker.weights import Checkpoint, DummyCheckpoint
@@ -49,7 +50,7 @@ class Built(NamedTuple):
 class Parts(NamedTuple):
     """What the ways through the model share."""
 
-    settings: Settings
+    settings: Settings  # with rows and step_tokens as they are for this device
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
@@ -72,7 +73,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         decoder = Decoder(config, weights)
     parts = _allocate(settings, config, device, dtype, attention, decoder)
     rows = RowTable(
-        rows=settings.rows,
+        rows=parts.settings.rows,
         row_tokens=parts.row_tokens,
         block_tokens=parts.kv_cache.block_tokens,
     )
@@ -135,13 +136,19 @@ def _allocate(
     total, free = device_memory(device)
     division = divide(settings, total=total, free=free)
     kv_blocks = _kv_blocks(division.kv_cache, config, dtype, block_tokens)
+    sizes = step_sizes(
+        settings,
+        total=total,
+        kv_blocks=kv_blocks,
+        token_bytes=activation_bytes(config, dtype),
+    )
     row_tokens = min(
         settings.max_total_tokens or config.max_positions,
         config.max_positions,
         kv_blocks * block_tokens,
     )
     return Parts(
-        settings=settings,
+        settings=replace(settings, rows=sizes.rows, step_tokens=sizes.tokens),
         config=config,
         device=device,
         dtype=dtype,
@@ -151,7 +158,7 @@ def _allocate(
             config, blocks=kv_blocks, block_tokens=block_tokens, dtype=dtype, device=device
         ),
         adapters=_adapter_pool(settings, config, division.adapter_pool, dtype, device),
-        history=History(rows=settings.rows, row_tokens=row_tokens, device=device),
+        history=History(rows=sizes.rows, row_tokens=row_tokens, device=device),
         row_tokens=row_tokens,
     )
 
@@ -237,6 +244,7 @@ def _ready(parts: Parts, index: int) -> WorkerReady:
         adapter_slots=parts.settings.adapter_slots,
         rows=parts.settings.rows,
         index=index,
+        step_tokens=parts.settings.step_tokens,
     )
 
 
@@ -255,4 +263,5 @@ def _facts(parts: Parts, ready: WorkerReady) -> Facts:
         "adapter_pool_bytes": ready.adapter_pool_bytes,
         "adapter_slots": ready.adapter_slots,
         "rows": ready.rows,
+        "step_tokens": ready.step_tokens,
     }

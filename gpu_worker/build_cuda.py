@@ -115,7 +115,7 @@ def cuda_forward(parts: Parts) -> Forward:
     with torch.inference_mode():
         graphs.capture([False, True])
     log.info("event=graphs_captured seconds=%.1f", time.perf_counter() - started)
-    return GraphedForward(eager=eager, graphs=graphs, device=parts.device)
+    return GraphedForward(eager=eager, graphs=graphs, adapters=parts.adapters, device=parts.device)
 
 
 def _paged(parts: Parts) -> PagedBackend | None:

@@ -105,14 +105,16 @@ class DecodeGraphs:
             and (not lora or self._fits is None or self._fits(host.segments))
         )
 
-    def run(self, host: HostBatch) -> Tensor:
-        """Logits [rows, vocabulary] in the order of the batch; they stand until the next run."""
+    def run(self, host: HostBatch, started: Callable[[], None]) -> Tensor:
+        """Logits [rows, vocabulary] in the order of the batch; they stand until the next run.
+        `started` is called right before the graph is launched."""
         count = len(host.token_rows)
         size = next(size for size in self._sizes if size >= count)
         self._stage(host.token_rows, np.concatenate((host.positions, host.kv_slots)), size)
         if host.segments:
             self._stage_tiles(make_tiles(host.segments, self._tile_height))
         graph, logits = self._graphs[size, bool(host.segments)]
+        started()
         graph.replay()
         return logits[:count]
 

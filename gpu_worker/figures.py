@@ -17,6 +17,16 @@ class Figures:
             buckets=BUCKETS,
             registry=registry,
         )
+        self.decode_busy_seconds = Counter(
+            "loradex_decode_busy_seconds",
+            "Time of the device in steps that only decode",
+            registry=registry,
+        )
+        self.decode_idle_seconds = Counter(
+            "loradex_decode_idle_seconds",
+            "Time of the device between two such steps of which the later was wanted already",
+            registry=registry,
+        )
         self.fed_tokens = Counter(
             "loradex_fed_tokens",
             "Tokens that went through the model",
@@ -30,5 +40,10 @@ class Figures:
         )
         self.copied_bytes = Counter(
             "loradex_adapter_copied_bytes", "Bytes of adapters copied in", registry=registry
+        )
+        self.moved_bytes = Counter(
+            "loradex_adapter_moved_bytes",
+            "Bytes of adapters moved to make room for others",
+            registry=registry,
         )
         self.copies = Counter("loradex_adapter_copies", "Adapters copied in", registry=registry)

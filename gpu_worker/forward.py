@@ -25,9 +25,10 @@ from gpu_worker.rows import RowTable
 class Forward(Protocol):
     """Owns what a pass reads and writes beside the history."""
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
         """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then. They
-        stand until the next run."""
+        stand until the next run. `started` is called before the model is launched, behind what
+        can be done for the step without the device."""
         ...
 
     def pages_changed(
@@ -62,9 +63,13 @@ class EagerForward:
         self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
+        started()
         positions = self._tensor(host.positions)
         segments = host.segments
+        arrivals = self._adapters.arrivals(segments)
+        if arrivals is not None:
+            arrivals.enter(0)  # the plan reads the adapters' tables, which come first
         step = Pass(
             token_ids=history.read(self._tensor(host.token_rows), positions),
             sampled=self._tensor(host.sampled),
@@ -74,6 +79,7 @@ class EagerForward:
             linears=self._lora.plan(segments, self._adapters.adapters)
             if segments
             else BaseLinears(),
+            enter=None if arrivals is None else arrivals.enter,
         )
         return self._decoder.forward(step)
 
@@ -88,17 +94,32 @@ class EagerForward:
 
 
 class GraphedForward:
-    """Decode steps as CUDA graphs, all others eagerly."""
+    """Decode steps as CUDA graphs, all others eagerly.
 
-    def __init__(self, *, eager: EagerForward, graphs: DecodeGraphs, device: torch.device) -> None:
+    A graph cannot wait on its way, so such a step waits for whole adapters: rarely, since a row
+    is decoded after its prefill.
+    """
+
+    def __init__(
+        self,
+        *,
+        eager: EagerForward,
+        graphs: DecodeGraphs,
+        adapters: AdapterPool | CudaAdapterPool,
+        device: torch.device,
+    ) -> None:
         self._eager = eager
         self._graphs = graphs
+        self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History) -> Tensor:
+    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
         if not self._graphs.holds(host):
-            return self._eager.run(host, history)
-        logits = self._graphs.run(host)
+            return self._eager.run(host, history, started)
+        arrivals = self._adapters.arrivals(host.segments)
+        if arrivals is not None:
+            arrivals.enter_all()
+        logits = self._graphs.run(host, started)
         if (host.sampled[1:] > host.sampled[:-1]).all():
             return logits
         return logits.index_select(0, to_device(host.sampled, self._device))

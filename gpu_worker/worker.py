@@ -24,21 +24,27 @@ from gpu_worker.forward import Forward
 from gpu_worker.history import History
 from gpu_worker.rows import RowTable
 from gpu_worker.sampling import SampledRows, sample
-from pipeline.messages import NewRow, Step, StepDone
+from gpu_worker.step_times import Moment, StepTimes, decode_share
+from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
 
 
 class Launched:
     """A step on its way through the device."""
 
-    def __init__(self, step_id: int, index: int, device: torch.device) -> None:
-        self._step_id = step_id
+    def __init__(self, step: Step, index: int, device: torch.device) -> None:
+        self._step_id = step.step_id
         self._index = index
         self._device = device
-        self._started = time.perf_counter()
+        self._launched = time.perf_counter()
+        self._decode_rows = b"" if step.prefill else step.decode_rows
         self._tokens: Tensor | None = None
         self._logprobs: Tensor | None = None
-        self._event: torch.cuda.Event | None = None
-        self.fed = False  # tokens went through the model
+        self._start: Moment | None = None
+        self._end: Moment | None = None
+
+    def starts(self) -> None:
+        """What has been launched so far prepares it; now tokens go through the model."""
+        self._start = Moment(self._device)
 
     def gives(self, tokens: Tensor, logprobs: Tensor | None) -> None:
         """Start to copy what was sampled to the host: int64[n] and fp32[n]."""
@@ -47,25 +53,29 @@ class Launched:
 
     def ends(self) -> None:
         """Nothing more will be launched for it."""
-        if self._device.type == "cuda":
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        self._end = Moment(self._device)
 
     @property
     def is_done(self) -> bool:
-        if self._event is None:
-            return True
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._end is not None and self._end.is_past
 
     @property
     def seconds(self) -> float:
         """Since it was launched."""
-        return time.perf_counter() - self._started
+        return time.perf_counter() - self._launched
+
+    @property
+    def times(self) -> StepTimes | None:
+        """Once it is done; None if no tokens went through the model."""
+        if self._start is None or self._end is None:
+            return None
+        rows = np.frombuffer(self._decode_rows, np.int32).tolist()
+        return StepTimes(self._start, self._end, frozenset(rows))
 
     def result(self) -> StepDone:
         """Waits until it is done."""
-        if self._event is not None:
-            self._event.synchronize()
+        if self._end is not None:
+            self._end.wait()
         return StepDone(
             self._step_id,
             b"" if self._tokens is None else self._tokens.numpy().tobytes(),
@@ -95,10 +105,20 @@ class Worker:
         self._figures = figures
         self._device = device
         self._index = index
+        self._times_before: StepTimes | None = None  # of the step that ended last
 
     def attach_arena(self, arena: mmap) -> None:
         """Adapters are copied out of this from now on."""
         self.adapters.attach_arena(arena)
+
+    @torch.inference_mode()
+    def place(self, message: PlaceAdapter) -> None:
+        """Start to bring an adapter in: steps that are launched from now on find it there, and
+        wait if they must."""
+        self.adapters.place(message)
+        self._figures.copied_bytes.inc(message.copy.nbytes)
+        self._figures.copies.inc()
+        self._figures.moved_bytes.inc(sum(move.nbytes for move in message.moves))
 
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""
@@ -110,32 +130,33 @@ class Worker:
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
         """Start a step. Raises ValueError for one that contradicts the row table."""
-        launched = Launched(step.step_id, self._index, self._device)
+        launched = Launched(step, self._index, self._device)
         self._change(step)
         if step.decode_rows or step.prefill:
             host = make_batch(step, self.rows)
-            logits = self._forward.run(host, self.history)
+            logits = self._forward.run(host, self.history, launched.starts)
             if len(host.sampled_rows):
                 launched.gives(*self._sample(host, logits))
             self._count_tokens(host)
-            launched.fed = True
         launched.ends()
         return launched
 
     @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
         """[sampled, vocabulary] of a batch; its keys and values are in the cache then."""
-        return self._forward.run(host, self.history)
+        return self._forward.run(host, self.history, lambda: None)
 
     def count(self, launched: Launched) -> None:
-        """A step has ended."""
-        if launched.fed:
+        """A step has ended. To be called for each, in order."""
+        times = launched.times
+        if times is not None:
             self._figures.step_seconds.observe(launched.seconds)
+            share = decode_share(times, self._times_before)
+            self._figures.decode_busy_seconds.inc(share.busy)
+            self._figures.decode_idle_seconds.inc(share.idle)
+            self._times_before = times
 
     def _change(self, step: Step) -> None:
-        if step.copies:
-            self._figures.copied_bytes.inc(self.adapters.copy(step.copies))
-            self._figures.copies.inc(len(step.copies))
         self.rows.free(np.frombuffer(step.free_rows, np.int32))
         fresh = self._take(step.new_rows)
         appended = np.frombuffer(step.blocks, np.int32)

@@ -116,10 +116,22 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     adapter_load_seconds: Annotated[
         float, Meta(gt=0, description="time until a load has failed, seconds")
     ] = 300.0
-    rows: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at once")] = 64
+    rows: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=4096,
+            description="sequences that run at once; 0: 64, on a GPU 256 if memory allows",
+        ),
+    ] = 0
     step_tokens: Annotated[
-        int, Meta(ge=1, description="tokens in one step at most, decode and prefill together")
-    ] = 512
+        int,
+        Meta(
+            ge=0,
+            description="tokens in one step at most, decode and prefill together; "
+            "0: 512, on a GPU 4096 if memory allows",
+        ),
+    ] = 0
     prefill_chunk_tokens: Annotated[
         int, Meta(ge=0, description="tokens of one prompt in one step; 0: as many as step_tokens")
     ] = 0
@@ -184,7 +196,7 @@ def load_settings(
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(error)) from error
-    if settings.step_tokens < settings.rows:
+    if 0 < settings.step_tokens < settings.rows:
         raise ConfigError(
             f"step_tokens: {settings.step_tokens} is less than rows ({settings.rows}), "
             "so that not every sequence could run in a step"

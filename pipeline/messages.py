@@ -176,10 +176,10 @@ class AttachArena(Message, frozen=True):
 
 
 class AdapterCopy(Value, frozen=True):
-    """Copy a staged adapter from the arena to the pool, before anything else of its step.
+    """Copy a staged adapter from the arena to the pool.
 
     The slot is the adapter's number in the worker's table; a slot that is given again is
-    overwritten. The arena extent is leased until the step is done.
+    overwritten.
     """
 
     slot: int
@@ -187,6 +187,29 @@ class AdapterCopy(Value, frozen=True):
     arena_offset: int  # bytes
     nbytes: int
     ranks: bytes  # int16[layers, modules], see adapter_layout
+
+
+class AdapterMove(Value, frozen=True):
+    """Move a resident adapter down in the pool; the two ranges may overlap. Its slot stays."""
+
+    slot: int
+    from_offset: int  # bytes
+    to_offset: int  # bytes
+    nbytes: int
+    in_use: bool  # steps sent earlier may still read it: it is moved after them
+
+
+class PlaceAdapter(Message, frozen=True):
+    """scheduler -> gpu_worker: bring an adapter into the pool, beside the steps.
+
+    The moves, in order, make room for the copy. Steps that are sent later find all of these in
+    their new places, and wait only if they use one before it has arrived. No step sent earlier
+    that is not done uses the copy's slot, or bytes that are overwritten, unless a move is in use.
+    Each is answered by one AdapterPlaced, in order; until then its arena extent is leased.
+    """
+
+    copy: AdapterCopy
+    moves: tuple[AdapterMove, ...] = ()
 
 
 class NewRow(Value, frozen=True):
@@ -209,7 +232,7 @@ class NewRow(Value, frozen=True):
 class Step(Message, frozen=True):
     """scheduler -> gpu_worker: change the row table, then run one forward pass.
 
-    Applied in this order: copies, free_rows, new_rows, appended blocks, forward pass.
+    Applied in this order: free_rows, new_rows, appended blocks, forward pass.
 
     A decode row feeds the token that was sampled for it last, which the worker keeps, at the next
     position. A prefill chunk feeds token_ids[start : start + count] of its row. A token is sampled
@@ -224,7 +247,6 @@ class Step(Message, frozen=True):
     blocks: bytes = b""
     free_rows: bytes = b""
     new_rows: tuple[NewRow, ...] = ()
-    copies: tuple[AdapterCopy, ...] = ()
 
 
 # --- gpu_worker -> scheduler ---------------------------------------------------------------------
@@ -239,6 +261,7 @@ class WorkerReady(Message, frozen=True):
     adapter_slots: int
     rows: int
     index: int = 0
+    step_tokens: int = 512  # that a step may feed
 
 
 class StepDone(Message, frozen=True):
@@ -250,6 +273,13 @@ class StepDone(Message, frozen=True):
     step_id: int
     token_ids: bytes
     logprobs: bytes = b""  # float32[sampled], or empty when no row of the step wants them
+    index: int = 0
+
+
+class AdapterPlaced(Message, frozen=True):
+    """gpu_worker -> scheduler: the oldest PlaceAdapter is done, the arena is not read for it."""
+
+    slot: int
     index: int = 0
 
 
@@ -377,10 +407,11 @@ ToScheduler = (
     | Cancel
     | WorkerReady
     | StepDone
+    | AdapterPlaced
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
     | Shutdown
 )
-ToGpuWorker = AttachArena | Step | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
 ToAdapterLoader = LoadAdapter | ReleaseAdapter | Shutdown

@@ -9,6 +9,7 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
     AdapterFailed,
+    AdapterPlaced,
     AdapterStaged,
     ArenaReady,
     Cancel,
@@ -82,6 +83,8 @@ class Loop:
         match message:
             case StepDone():
                 self._core.step_done(message, now)
+            case AdapterPlaced():
+                self._core.adapter_placed(message)
             case Submit():
                 self._core.submit(message, now)
             case Cancel():
@@ -114,10 +117,10 @@ class Loop:
             self._outbox.send("frontend", message, frontend)
 
     def _send(self, now: float) -> None:
-        """What the core says; an arena is attached before the first step that reads it."""
+        """What the core says; an arena is attached before the first copy out of it."""
         self._empty_outbox()
-        while (step := self._core.next_step(now)) is not None:
-            self._outbox.send("gpu_worker", step)
+        while (work := self._core.next_work(now)) is not None:
+            self._outbox.send("gpu_worker", work)
         self._empty_outbox()
 
     def _empty_outbox(self) -> None:

@@ -1,8 +1,9 @@
 """Which adapter lies where in the device's pool: exact extents and slot numbers."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from operator import attrgetter
+from typing import NamedTuple
 
 from pipeline.messages import AdapterKey
 
@@ -22,6 +23,29 @@ class Extent:
         self.end = end  # where the next extent may start
 
 
+class Move(NamedTuple):
+    """An extent goes down to where it lies now; the two ranges may overlap."""
+
+    extent: Extent
+    from_offset: int
+
+
+class Place(NamedTuple):
+    """What an adapter has got, and what has made room for it. Moves are to be done in order."""
+
+    extent: Extent
+    evicted: list[Extent]
+    moves: list[Move]
+
+
+class _Window(NamedTuple):
+    """A hole behind these neighbours, once they have been moved down to `start`."""
+
+    start: int
+    extents: list[Extent]
+    moved_bytes: int
+
+
 class AdapterPool:
     """Places adapters. Who may be evicted, and in what order, the caller says."""
 
@@ -29,63 +53,120 @@ class AdapterPool:
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
         self._free_slots = list(range(slots - 1, -1, -1))
         self._extents: list[Extent] = []  # by offset
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(extent.end - extent.offset for extent in self._extents)
+        self.used_bytes = 0
 
     def holds(self, nbytes: int) -> bool:
         """Whether an adapter of this size fits at all."""
         return _aligned(nbytes) <= self.nbytes
 
     def place(
-        self, key: AdapterKey, nbytes: int, evictable: Iterable[Extent]
-    ) -> tuple[Extent, list[Extent]] | None:
-        """Give an adapter a slot and the first hole it fits in.
+        self,
+        key: AdapterKey,
+        nbytes: int,
+        evictable: Sequence[Extent],
+        *,
+        fixed: Collection[Extent] | None = None,
+        most_moves: int | None = None,
+    ) -> Place | None:
+        """Give an adapter a slot and a hole it fits in.
 
-        If there is none, extents go in the order of `evictable` until there is; those whose room
-        is not needed after all stay. Returns the new extent and the evicted ones, or None, and
+        If there is none, as few extents as possible go in the order of `evictable`, and of the
+        others those that are not fixed are moved together, as few bytes as possible. Evictable
+        ones whose room is not needed after all stay. Returns None if all that does not help, and
         then nothing is changed.
+
+        fixed       extents that must not be moved; None: all
+        most_moves  how many may be moved
         """
         size = _aligned(nbytes)
-        evictable = list(evictable)
-        hole = self._hole(size, evictable)
-        if hole is None:
-            return None
-        victims = [one for one in evictable if one.offset < hole + size and hole < one.end]
-        if not victims and not self._free_slots:
-            if not evictable:
-                return None
-            victims = evictable[:1]
-        for victim in victims:
-            self.evict(victim)
-        extent = Extent(key, self._free_slots.pop(), hole, hole + size)
-        insort(self._extents, extent, key=_offset)
-        return extent, victims
+        counts = range(self._fewest_evictions(size, evictable), len(evictable) + 1)
+
+        def find(count: int) -> _Window | None:
+            return self._window(size, evictable[:count], fixed, most_moves)
+
+        window = find(counts[0]) if counts else None
+        if window is not None:
+            return self._take(key, size, window, evictable[: counts[0]])
+        at = bisect_left(counts, True, lo=1, key=lambda count: find(count) is not None)
+        window = find(counts[at]) if at < len(counts) else None
+        return None if window is None else self._take(key, size, window, evictable[: counts[at]])
 
     def evict(self, extent: Extent) -> None:
         self._extents.remove(extent)
         self._free_slots.append(extent.slot)
+        self.used_bytes -= extent.end - extent.offset
 
-    def _hole(self, size: int, evictable: list[Extent]) -> int | None:
-        """Where `size` bytes are free once as few of `evictable` as possible, from the front,
-        are gone."""
-        start = 0
-        for extent in self._extents:
-            if extent.offset - start >= size:
-                return start
-            start = extent.end
-        if self.nbytes - start >= size:
-            return start
-        kept = list(self._extents)
-        for victim in evictable:
-            index = bisect_left(kept, victim.offset, key=_offset)
-            del kept[index]
-            start = kept[index - 1].end if index else 0
-            end = kept[index].offset if index < len(kept) else self.nbytes
-            if end - start >= size:
-                return start
-        return None
+    def _fewest_evictions(self, size: int, evictable: Sequence[Extent]) -> int:
+        """How many have to go in any case: for a slot, and for bytes wherever they are free."""
+        count = 0 if self._free_slots else 1
+        free = self.nbytes - self.used_bytes
+        free += sum(one.end - one.offset for one in evictable[:count])
+        for one in evictable[count:]:
+            if free >= size:
+                break
+            free += one.end - one.offset
+            count += 1
+        return count
+
+    def _window(
+        self,
+        size: int,
+        gone: Sequence[Extent],
+        fixed: Collection[Extent] | None,
+        most_moves: int | None,
+    ) -> _Window | None:
+        """The cheapest, and the first of those, once some extents are gone.
+
+        A run of neighbours that may move and the holes around them grows at its end, and loses
+        at its start what it does not need:
+
+            fixed | hole | first | hole | ... | last - 1 | hole | last
+                  ^ start
+        """
+        without = set(gone)
+        kept = [extent for extent in self._extents if extent not in without]
+        best: _Window | None = None
+        start = first = free = moved_bytes = end = 0
+        for last, extent in enumerate([*kept, None]):
+            free += (self.nbytes if extent is None else extent.offset) - end
+            while first < last:
+                hole = kept[first].offset - start
+                too_many = most_moves is not None and last - first > most_moves
+                if hole and free - hole < size and not too_many:
+                    break
+                free -= hole
+                moved_bytes -= kept[first].end - kept[first].offset
+                start = kept[first].end
+                first += 1
+            if free >= size and (best is None or moved_bytes < best.moved_bytes):
+                best = _Window(start, kept[first:last], moved_bytes)
+                if not moved_bytes:
+                    return best
+            if extent is not None:
+                end = extent.end
+                moved_bytes += extent.end - extent.offset
+                if fixed is None or extent in fixed:
+                    start, first, free, moved_bytes = end, last + 1, 0, 0
+        return best
+
+    def _take(self, key: AdapterKey, size: int, window: _Window, gone: Sequence[Extent]) -> Place:
+        hole = window.start + window.moved_bytes
+        victims = [one for one in gone if one.offset < hole + size and window.start < one.end]
+        if not victims and not self._free_slots:
+            victims = [*gone[:1]]
+        for victim in victims:
+            self.evict(victim)
+        moves = []
+        to_offset = window.start
+        for extent in window.extents:
+            moves.append(Move(extent, extent.offset))
+            nbytes = extent.end - extent.offset
+            extent.offset, extent.end = to_offset, to_offset + nbytes
+            to_offset = extent.end
+        extent = Extent(key, self._free_slots.pop(), hole, hole + size)
+        insort(self._extents, extent, key=_offset)
+        self.used_bytes += size
+        return Place(extent, victims, moves)
 
 
 def _aligned(nbytes: int) -> int:

@@ -6,24 +6,37 @@
 
 An adapter is pinned by the sequences that run with it, by those whose last rows are still in
 flight, and by its own copy. One that is not pinned can be evicted for a waiting sequence that came
-before all those that wait for it, so the oldest always gets its room in the end.
+before all those that wait for it, so the oldest always gets its room in the end. Where enough is
+free, but not in a row, others are moved together: those that are not pinned, and where that does
+not help, those that run as well.
+
+Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
+arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
+the step would hold up all its rows for.
 """
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from pipeline.messages import (
     AdapterCopy,
     AdapterKey,
+    AdapterMove,
     AdapterStaged,
     Failure,
     LoadAdapter,
+    PlaceAdapter,
     ReleaseAdapter,
 )
 from scheduler import failures
-from scheduler.adapter_pool import AdapterPool, Extent
+from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
 from scheduler.policy import MAX_OVERTAKING_SECONDS, ReadyQueue, by_order, discard
 from scheduler.sequence import Sequence
+
+MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
 
@@ -31,14 +44,15 @@ Failed = list[tuple[Sequence, Failure]]
 class Adapter:
     """One adapter that is not absent."""
 
-    __slots__ = ("extent", "key", "last_used", "pins", "staged", "staged_at", "waiting")
+    __slots__ = ("admits", "extent", "key", "last_used", "pins", "staged", "staged_at", "waiting")
 
     def __init__(self, key: AdapterKey) -> None:
         self.key = key
         self.waiting: list[Sequence] = []  # in order; those that want to start with it
         self.staged: AdapterStaged | None = None  # the latest answer of the loader
         self.staged_at = 0.0
-        self.extent: Extent | None = None  # while it is resident
+        self.extent: Extent | None = None  # while it is resident, or its copy is on its way
+        self.admits = False  # those that wait may start
         self.pins = 0
         self.last_used = 0  # counts up over all adapters
 
@@ -47,6 +61,13 @@ class Adapter:
         if not other.waiting:
             return True
         return bool(self.waiting) and self.waiting[0].order < other.waiting[0].order
+
+
+class _Placing(NamedTuple):
+    """A placement on its way; all of these are pinned by it."""
+
+    adapter: Adapter
+    moved: list[Adapter]
 
 
 class Adapters:
@@ -70,6 +91,7 @@ class Adapters:
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._load_deadline_of: dict[AdapterKey, float] = {}  # soonest first
         self._without_room: list[Adapter] = []  # staged, not resident
+        self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
         self._uses = 0
 
@@ -96,7 +118,7 @@ class Adapters:
         if adapter is None:
             adapter = self._load(Adapter(key), sequence.adapter_token, now)
         insort(adapter.waiting, sequence, key=by_order)
-        if adapter.extent is not None:
+        if adapter.admits:
             self._ready.add(sequence)
         elif adapter.staged is None and key not in self._load_deadline_of:
             self._load_deadline_of[key] = now + self._load_seconds  # the answer is overdue already
@@ -136,10 +158,8 @@ class Adapters:
 
     def unpin(self, key: AdapterKey) -> None:
         adapter = self._adapter_of[key]
-        adapter.pins -= 1
-        if adapter.pins == 0:
-            self._touch(adapter)
-            self._room_may_be_found = True
+        self._touch(adapter)
+        self._let_go(adapter)
 
     # --- what the loader says, or does not ---
 
@@ -178,14 +198,14 @@ class Adapters:
         adapter = self._passed_too_long(now)
         return None if adapter is None else adapter.waiting[0]
 
-    def place(self, now: float) -> tuple[list[tuple[AdapterKey, AdapterCopy]], Failed]:
+    def place(self, now: float) -> tuple[list[PlaceAdapter], Failed]:
         """Find room in the pool for staged adapters, the one that is waited for longest first.
 
-        Returns those that have got it, pinned, with what the worker has to do for them; `copied`
-        ends the pin. And the sequences that have to fail, since their adapter is larger than the
-        whole pool.
+        Returns what the worker has to do for those that have got it; they are pinned until it is
+        `placed`. And the sequences that have to fail, since their adapter is larger than the whole
+        pool.
         """
-        copies: list[tuple[AdapterKey, AdapterCopy]] = []
+        placements: list[PlaceAdapter] = []
         failed: Failed = []
         while self._room_may_be_found and self._without_room:
             passed = self._passed_too_long(now)
@@ -193,48 +213,96 @@ class Adapters:
             for adapter in sorted(self._without_room, key=_urgency) if passed is None else [passed]:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
-                elif self._find_room(adapter, now):
-                    copies.append((adapter.key, _copy(adapter)))
+                elif (message := self._find_room(adapter, now)) is not None:
+                    placements.append(message)
                 elif not adapter.waiting:
                     self._give_up(adapter)
             # with the passed one out of the way it is the others' turn
             self._room_may_be_found = passed is not None and len(self._without_room) < before
-        return copies, failed
+        self._admit()
+        return placements, failed
 
-    def copied(self, key: AdapterKey) -> None:
-        """The copy is done, so the arena is not read any more."""
-        self._release(self._adapter_of[key])
-        self.unpin(key)
+    def placed(self, slot: int) -> None:
+        """The oldest placement is done, so the arena is not read for it any more."""
+        adapter, moved = self._arriving.popleft()
+        if adapter.extent is None or adapter.extent.slot != slot:
+            raise RuntimeError(f"slot {slot} is filled out of order")
+        self._release(adapter)
+        for one in (adapter, *moved):
+            self._let_go(one)
+        self._admit()
 
-    def _find_room(self, adapter: Adapter, now: float) -> bool:
-        candidates = [
-            other
-            for other in self._adapter_of.values()
-            if other.extent is not None and other.pins == 0 and adapter.wanted_before(other)
-        ]
-        candidates.sort(key=_worth)
-        extents = [other.extent for other in candidates if other.extent is not None]
-        place = self._pool.place(adapter.key, _nbytes(adapter), extents)
-        if place is None:
-            return False
-        adapter.extent, evicted = place
-        self._without_room.remove(adapter)
-        adapter.pins += 1
-        self._touch(adapter)
+    def _admit(self) -> None:
+        """Let those start whose adapter has arrived, or is about to."""
+        ahead = 0
+        for adapter, moved in self._arriving:
+            if ahead > MAX_BYTES_AHEAD:
+                return
+            ahead += _nbytes(adapter)
+            for one in (adapter, *moved):
+                if not one.admits:
+                    one.admits = True
+                    for sequence in one.waiting:
+                        self._ready.add(sequence)
+
+    def _let_go(self, adapter: Adapter) -> None:
+        adapter.pins -= 1
+        self._room_may_be_found |= adapter.pins == 0
+
+    def _shut(self, adapter: Adapter) -> None:
+        """Let nobody start with it."""
+        adapter.admits = False
         for sequence in adapter.waiting:
-            self._ready.add(sequence)
-        for extent in evicted:
+            self._ready.discard(sequence)
+
+    def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
+        place = self._make_place(adapter)
+        if place is None:
+            return None
+        adapter.extent = place.extent
+        self._without_room.remove(adapter)
+        self._touch(adapter)
+        message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
+        moved = [self._adapter_of[move.extent.key] for move in place.moves]
+        for one in moved:
+            if one.pins == 0:
+                self._shut(one)  # it is moved behind the copies that are on their way
+        for one in (adapter, *moved):
+            self.pin(one.key)
+        self._arriving.append(_Placing(adapter, moved))
+        for extent in place.evicted:
             self._evicted(self._adapter_of[extent.key], now)
-        return True
+        return message
+
+    def _make_place(self, adapter: Adapter) -> Place | None:
+        others = [other for other in self._adapter_of.values() if other.extent is not None]
+        candidates = [one for one in others if not one.pins and adapter.wanted_before(one)]
+        candidates.sort(key=_worth)
+        evictable = [one.extent for one in candidates if one.extent is not None]
+        pinned = {other.extent for other in others if other.pins and other.extent is not None}
+        nbytes = _nbytes(adapter)
+        place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
+        if place is None and adapter.waiting and not self._arriving:
+            place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
+        return place
+
+    def _move(self, move: Move) -> AdapterMove:
+        extent = move.extent
+        return AdapterMove(
+            slot=extent.slot,
+            from_offset=move.from_offset,
+            to_offset=extent.offset,
+            nbytes=extent.end - extent.offset,
+            in_use=self._adapter_of[extent.key].pins > 0,
+        )
 
     def _evicted(self, adapter: Adapter, now: float) -> None:
         adapter.extent = None
         adapter.staged = None
+        self._shut(adapter)
         if not adapter.waiting:
             del self._adapter_of[adapter.key]
             return
-        for sequence in adapter.waiting:
-            self._ready.discard(sequence)
         self._load(adapter, adapter.waiting[0].adapter_token, now)
 
     def _refuse(self, adapter: Adapter) -> Failed:

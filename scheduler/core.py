@@ -1,12 +1,13 @@
 """What runs next: all of the scheduler's state, and no socket, clock or thread.
 
-Inputs are methods named after what happened. `next_step` decides, `take_outbox` empties what is to
+Inputs are methods named after what happened. `next_work` decides, `take_outbox` empties what is to
 be sent. Times are seconds of one clock, given as `now`. After any input the caller sends the
-outbox, then steps until there is none, then the outbox again.
+outbox, then work until there is none, then the outbox again.
 
 Up to MAX_STEPS_IN_FLIGHT steps are sent before their tokens are known. The worker applies steps in
 the order they were sent, so rows and blocks that a step in flight still uses are given to others
 in a later one. Freed rows are told to the worker with the next step that has work to do.
+Adapters are brought in beside the steps, as soon as there is room for them.
 """
 
 import heapq
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from pipeline.config import Settings
 from pipeline.messages import (
     AdapterFailed,
+    AdapterPlaced,
     AdapterStaged,
     ArenaReady,
     AttachArena,
@@ -25,6 +27,7 @@ from pipeline.messages import (
     Finished,
     FinishReason,
     Message,
+    PlaceAdapter,
     Prefetch,
     Step,
     StepDone,
@@ -60,8 +63,10 @@ class Scheduler:
             send=lambda message: self._outbox.append(("adapter_loader", 0, message)),
             load_seconds=settings.adapter_load_seconds,
         )
+        self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
         self._arena: ArenaReady | None = None
+        self._step_tokens = 0
         self._batch = self._new_batch(rows=0, kv_blocks=0, block_tokens=1)  # until it is ready
         self._submitted = 0
         self._sequence_of: dict[int, Sequence] = {}  # by request
@@ -76,6 +81,7 @@ class Scheduler:
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
         self._worker = message
+        self._step_tokens = message.step_tokens
         self._batch = self._new_batch(
             rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
         )
@@ -115,6 +121,10 @@ class Scheduler:
         for sequence in self._adapters.failed(message.adapter):
             self._fail(sequence, message.failure, now)
 
+    def adapter_placed(self, message: AdapterPlaced) -> None:
+        """The oldest placement is done."""
+        self._adapters.placed(message.slot)
+
     def step_done(self, message: StepDone, now: float) -> None:
         """The oldest step in flight has its tokens."""
         flight = self._flights.popleft()
@@ -124,8 +134,6 @@ class Scheduler:
         self._take_tokens(flight.sampled, token_ids, logprobs, now)
         for key in flight.unpins:
             self._adapters.unpin(key)
-        for key in flight.copied:
-            self._adapters.copied(key)
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
             self._adapters.join(sequence, now)
@@ -146,24 +154,34 @@ class Scheduler:
 
     # --- what is to be done ---
 
-    def next_step(self, now: float) -> Step | None:
-        """The step to send now; None while enough are in flight or there is nothing to do."""
-        if self._worker is None or len(self._flights) == MAX_STEPS_IN_FLIGHT:
+    def next_work(self, now: float) -> PlaceAdapter | Step | None:
+        """What to send to the worker now; None while it has enough or there is nothing to do.
+
+        Adapters come first, and do not wait for a step in flight to end, so that a step that wants
+        one finds it there or on its way.
+        """
+        if self._worker is None:
             return None
-        copies, failed = self._adapters.place(now)
-        for sequence, failure in failed:
-            self._fail(sequence, failure, now)
+        if not self._placements:
+            placements, failed = self._adapters.place(now)
+            self._placements.extend(placements)
+            for sequence, failure in failed:
+                self._fail(sequence, failure, now)
+        return self._placements.popleft() if self._placements else self._next_step(now)
+
+    def _next_step(self, now: float) -> Step | None:
+        if len(self._flights) == MAX_STEPS_IN_FLIGHT:
+            return None
         plan = StepPlan()
-        plan.copies = [copy for _, copy in copies]
         for sequence in self._batch.decode(plan):
             self._preempted(sequence, now)
-        budget = self._settings.step_tokens - len(plan.decode_rows)
+        budget = self._step_tokens - len(plan.decode_rows)
         budget = self._batch.continue_prefills(plan, budget)
         self._start_sequences(plan, budget, now)
         if plan.is_empty():
             return None
         self._steps_sent += 1
-        self._flights.append(Flight(self._steps_sent, plan.sampled, [key for key, _ in copies]))
+        self._flights.append(Flight(self._steps_sent, plan.sampled))
         return plan.step(self._steps_sent, self._batch.seal(plan))
 
     def take_outbox(self) -> list[Envelope]:
@@ -303,7 +321,7 @@ class Scheduler:
             block_tokens=block_tokens,
             prefix_cache=self._settings.prefix_cache,
         )
-        chunk_tokens = self._settings.prefill_chunk_tokens or self._settings.step_tokens
+        chunk_tokens = self._settings.prefill_chunk_tokens or self._step_tokens
         return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
 
     def _attach_arena(self) -> None:

@@ -2,7 +2,7 @@
 
 from array import array
 
-from pipeline.messages import AdapterCopy, AdapterKey, NewRow, Step
+from pipeline.messages import AdapterKey, NewRow, Step
 from scheduler.sequence import Sequence
 
 
@@ -14,7 +14,6 @@ class StepPlan:
         "blocks",
         "chunked",
         "chunks",
-        "copies",
         "decode_rows",
         "new_rows",
         "sampled",
@@ -28,10 +27,9 @@ class StepPlan:
         self.block_rows: list[int] = []
         self.blocks: list[int] = []
         self.new_rows: list[NewRow] = []
-        self.copies: list[AdapterCopy] = []
 
     def is_empty(self) -> bool:
-        return not (self.decode_rows or self.chunks or self.copies)
+        return not (self.decode_rows or self.chunks)
 
     def step(self, step_id: int, free_rows: list[int]) -> Step:
         return Step(
@@ -42,19 +40,17 @@ class StepPlan:
             blocks=pack(self.blocks),
             free_rows=pack(free_rows),
             new_rows=tuple(self.new_rows),
-            copies=tuple(self.copies),
         )
 
 
 class Flight:
     """A step that the worker has and has not reported."""
 
-    __slots__ = ("copied", "sampled", "step_id", "unpins")
+    __slots__ = ("sampled", "step_id", "unpins")
 
-    def __init__(self, step_id: int, sampled: list[Sequence], copied: list[AdapterKey]) -> None:
+    def __init__(self, step_id: int, sampled: list[Sequence]) -> None:
         self.step_id = step_id
         self.sampled = sampled
-        self.copied = copied  # adapters whose lease on the arena ends with the step
         self.unpins: list[AdapterKey] = []  # one for each sequence that ended after it was sent
 
 

@@ -49,6 +49,8 @@ class AdapterTables:
         self._layers = layers
         self._sizes = _Sizes(shapes, dtype.itemsize)
         self.table = torch.zeros((slots, self.row_elements(layers)), dtype=torch.int64).to(device)
+        staging = torch.zeros_like(self.table, device="cpu")
+        self._staging = staging.pin_memory() if device.type == "cuda" else staging
 
     @staticmethod
     def row_elements(layers: int) -> int:
@@ -64,14 +66,29 @@ class AdapterTables:
 
         ranks  [layers * modules]
 
-        One copy of a few kilobytes on the current stream. Its source is ordinary memory, which the
-        driver has read when this returns; kernels launched before still see the old row.
+        One copy of a few kilobytes out of pinned memory, on the current stream; the slot must not
+        be filled again before it has ended.
         """
         row = self._sizes.row(np.asarray(ranks, np.int64), address)
         if len(row) != self.table.shape[1]:
             raise ValueError(f"{len(ranks)} ranks for {self._layers} layers")
         self.max_ranks[slot] = row[MODULE_HEAD:HEAD]
-        self.table[slot].copy_(torch.from_numpy(row), non_blocking=True)
+        staged = self._staging[slot]
+        staged.numpy()[:] = row
+        self.table[slot].copy_(staged, non_blocking=True)
+
+    def shift(self, slot: int, nbytes: int) -> None:
+        """The adapter in this slot lies so many bytes further on; as `fill`."""
+        records = self._staging[slot, HEAD:].view(-1, RECORD)
+        records[:, :RANK] += nbytes  # both addresses
+        self.table[slot].copy_(self._staging[slot], non_blocking=True)
+
+    def layer_bytes(self, ranks: Sequence[int]) -> NDArray[np.int64]:
+        """[layers]: what each layer of an adapter takes, packed.
+
+        ranks  [layers * modules]
+        """
+        return self._sizes.layer_bytes(np.asarray(ranks, np.int64))
 
 
 class _Sizes:
@@ -102,10 +119,18 @@ class _Sizes:
         row[MODULE_HEAD:HEAD] = of_layers.max(axis=0)
         return row
 
+    def layer_bytes(self, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        taken: NDArray[np.int64] = self._taken(ranks.reshape(-1, len(MODULES))).sum(axis=1)
+        return taken
+
+    def _taken(self, of_layers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64[layers, 2 * modules]: bytes of each A, then of each B, with what fills them up."""
+        nbytes = np.concatenate((of_layers * self._in, of_layers * self._out), axis=1)
+        return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
     def _offsets(self, of_layers: NDArray[np.int64]) -> NDArray[np.int64]:
         """int64[layers, 2 * modules]: of each A, then of each B, from the adapter's start."""
-        nbytes = np.concatenate((of_layers * self._in, of_layers * self._out), axis=1)
-        taken = (-(-nbytes // ALIGNMENT) * ALIGNMENT)[:, self._order]
+        taken = self._taken(of_layers)[:, self._order]
         ends = np.cumsum(taken).reshape(taken.shape)
         offsets = np.empty_like(ends)
         offsets[:, self._order] = ends - taken

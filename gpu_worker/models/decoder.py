@@ -1,6 +1,6 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3, which differ only in numbers and switches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ class Pass(NamedTuple):
     """What one forward pass is given.
 
     sampled  int64[sampled], the tokens whose logits are wanted; None: all
+    enter    called with each layer's number before anything of it is launched
     """
 
     token_ids: Tensor  # int64[tokens]
@@ -28,6 +29,7 @@ class Pass(NamedTuple):
     attention: AttentionPlan
     kv_cache: KvCache
     linears: Linears
+    enter: Callable[[int], None] | None = None
 
 
 class _Layer(NamedTuple):
@@ -60,6 +62,8 @@ class Decoder:
         x = step.ops.norm(residual, self._layers[0].input_norm)
         after = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, after, strict=True)):
+            if step.enter is not None:
+                step.enter(index)
             x = step.ops.add_norm(self._attention(index, layer, x, step), residual, layer.mlp_norm)
             x = step.ops.add_norm(self._mlp(index, layer, x, step), residual, next_norm)
         if step.sampled is not None:

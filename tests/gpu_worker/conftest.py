@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from gpu_worker.worker import Worker
-from pipeline.messages import Step
+from pipeline.messages import PlaceAdapter
 from pipeline.model_config import read_model_config
 from tests.gpu_worker.driving import make_worker
 from tests.gpu_worker.packing import Packed, arena_of, of_peft
@@ -52,5 +52,6 @@ def worker(llama_folder: Path, packed_adapters: list[Packed]) -> Worker:
     made = make_worker(llama_folder)
     arena, copies = arena_of(packed_adapters)
     made.attach_arena(arena)
-    made.run(Step(1, copies=copies))
+    for copy in copies:
+        made.place(PlaceAdapter(copy))
     return made

@@ -12,7 +12,7 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
-from pipeline.messages import AdapterCopy, NewRow, Sampling, Step, StepDone
+from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step, StepDone
 
 GREEDY = Sampling(temperature=0.0)
 BLOCK_TOKENS = 4
@@ -119,7 +119,10 @@ class Driver:
         prefill: Sequence[tuple[int, int]] = (),
         copies: tuple[AdapterCopy, ...] = (),
     ) -> Result:
-        """prefill is (row, tokens), decode rows are those whose last token was sampled."""
+        """prefill is (row, tokens), decode rows are those whose last token was sampled. The
+        adapters of `copies` are placed just before."""
+        for copy in copies:
+            self.worker.place(PlaceAdapter(copy))
         chunks = [(row, self.rows[row].computed, count) for row, count in prefill]
         for row, fed in [*((row, 1) for row in decode), *prefill]:
             self._feed(self.rows[row], row, fed)
@@ -133,7 +136,6 @@ class Driver:
                 blocks=ints(block for _, block in self._appended),
                 free_rows=ints(self._freed),
                 new_rows=tuple(self._new),
-                copies=copies,
             )
         )
         self._new, self._freed, self._appended = [], [], []

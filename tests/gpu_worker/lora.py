@@ -6,6 +6,7 @@ import torch
 
 from gpu_worker.adapter_pool import AdapterPool
 from pipeline.adapter_layout import MODULES, ModuleShape
+from pipeline.messages import PlaceAdapter
 from tests.gpu_worker.packing import Packed, arena_of, pack, random_weights
 
 CPU = torch.device("cpu")
@@ -39,5 +40,6 @@ def make_pool(
     arena, copies = arena_of(packed)
     pool = AdapterPool(nbytes=max(16, len(arena)), shapes=tuple(shapes), dtype=dtype, device=CPU)
     pool.attach_arena(arena)
-    pool.copy(copies)
+    for copy in copies:
+        pool.place(PlaceAdapter(copy))
     return pool

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.adapter_pool import AdapterPool
 from pipeline.adapter_layout import GROUPS, MODULES, pack_ranks
-from pipeline.messages import AdapterCopy
+from pipeline.messages import AdapterCopy, PlaceAdapter
 from tests.gpu_worker.lora import CPU, make_pool, make_shapes
 from tests.gpu_worker.packing import arena_of, pack, random_weights
 
@@ -63,9 +63,10 @@ def test_a_slot_that_is_given_again_is_another_version() -> None:
     arena, (first, second) = arena_of(packed)
     pool = AdapterPool(nbytes=len(arena), shapes=SHAPES, dtype=torch.float32, device=CPU)
     pool.attach_arena(arena)
-    assert pool.copy([first]) == first.nbytes
+    pool.place(PlaceAdapter(first))
     before = pool.adapters[0]
-    pool.copy([AdapterCopy(0, 0, second.arena_offset, second.nbytes, second.ranks)])
+    again = AdapterCopy(0, 0, second.arena_offset, second.nbytes, second.ranks)
+    pool.place(PlaceAdapter(again))
     after = pool.adapters[0]
     assert before.version != after.version
     expected, _ = random_weights(ranks=ranks, shapes=SHAPES, seed=1)[0, 3]
@@ -76,7 +77,7 @@ def test_a_copy_before_the_arena_or_of_the_wrong_size_is_an_error() -> None:
     pool = AdapterPool(nbytes=64, shapes=SHAPES, dtype=torch.float32, device=CPU)
     copy = AdapterCopy(0, 0, 0, 16, pack_ranks([0] * len(MODULES)))
     with pytest.raises(ValueError, match="before the arena"):
-        pool.copy([copy])
+        pool.place(PlaceAdapter(copy))
     pool.attach_arena(mmap.mmap(-1, 64))
     with pytest.raises(ValueError, match="16 bytes for an adapter of 0"):
-        pool.copy([copy])
+        pool.place(PlaceAdapter(copy))

@@ -47,11 +47,28 @@ def test_records_say_what_the_layout_says(of_adapter: list[int], dtype: torch.dt
     assert len(row) == HEAD + LAYERS * len(MODULES) * RECORD
 
 
+@given(ranks)
+def test_layers_take_what_the_layout_says(of_adapter: list[int]) -> None:
+    layers = make_tables().layer_bytes(of_adapter)
+    per_layer = [of_adapter[at : at + len(MODULES)] for at in range(0, len(of_adapter), 7)]
+    assert layers.tolist() == [layout(one, SHAPES, 2).nbytes for one in per_layer]
+    assert layers.sum() == layout(of_adapter, SHAPES, 2).nbytes
+
+
 def test_a_slot_can_be_filled_again() -> None:
     tables, other = make_tables(), make_tables()
     tables.fill(0, 16, [8] * LAYERS * len(MODULES))
     for made in (tables, other):
         made.fill(0, 32, [0, 4, 1, 0, 0, 2, 3] * LAYERS)
+    assert torch.equal(tables.table, other.table)
+
+
+def test_an_adapter_can_be_shifted() -> None:
+    tables, other = make_tables(), make_tables()
+    of_adapter = [0, 4, 1, 0, 0, 2, 3] * LAYERS
+    tables.fill(0, 512, of_adapter)
+    tables.shift(0, -256)
+    other.fill(0, 256, of_adapter)
     assert torch.equal(tables.table, other.table)
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 from peft import PeftModel
 
 from gpu_worker.worker import Worker
-from pipeline.messages import Step
+from pipeline.messages import AdapterMove, PlaceAdapter
 from tests.gpu_worker.driving import Driver, make_worker, prompt
 from tests.gpu_worker.packing import Packed, arena_of
 from tests.gpu_worker.tiny import ADAPTERS
@@ -132,7 +133,7 @@ def test_a_slot_that_is_given_again_has_the_new_adapter(
     assert driver.rows[1].produced == expected(peft_llama, "all_linear", prompt(1, 8), 8)
 
 
-def test_a_copy_and_the_row_that_uses_it_may_share_a_step(
+def test_an_adapter_may_be_placed_right_before_the_step_that_uses_it(
     llama_folder: Path, packed_adapters: list[Packed], peft_llama: PeftModel
 ) -> None:
     worker = make_worker(llama_folder)
@@ -144,11 +145,37 @@ def test_a_copy_and_the_row_that_uses_it_may_share_a_step(
     assert [first] == expected(peft_llama, "uneven", prompt(1, 9), 1)
 
 
-def test_a_step_of_copies_alone_gives_no_tokens(
+def test_it_says_once_and_in_order_which_adapters_have_been_placed(
     llama_folder: Path, packed_adapters: list[Packed]
 ) -> None:
     worker = make_worker(llama_folder)
     arena, copies = arena_of(packed_adapters)
     worker.attach_arena(arena)
-    done = worker.run(Step(7, copies=copies))
-    assert (done.step_id, done.token_ids, done.logprobs) == (7, b"", b"")
+    for copy in reversed(copies):
+        worker.place(PlaceAdapter(copy))
+    assert worker.adapters.is_placing
+    assert worker.adapters.placed() == [2, 1, 0]
+    assert not worker.adapters.is_placing
+    assert worker.adapters.placed() == []
+
+
+def test_an_adapter_can_be_moved_while_it_is_used(
+    llama_folder: Path, peft_llama: PeftModel, packed_adapters: list[Packed]
+) -> None:
+    worker = make_worker(llama_folder)
+    arena, copies = arena_of(packed_adapters)
+    worker.attach_arena(arena)
+    driver = Driver(worker)
+    first, other, _ = copies
+    driver.add(0, prompt(1, 9), slot=0)
+    driver.step(prefill=[(0, 9)], copies=(replace(first, pool_offset=4096),))
+    driver.step(decode=[0])
+    move = AdapterMove(0, 4096, 256, first.nbytes, in_use=True)
+    over_its_end = replace(other, pool_offset=256 + first.nbytes)
+    worker.place(PlaceAdapter(over_its_end, (move,)))
+    driver.add(1, prompt(2, 5), slot=1)
+    driver.step(decode=[0], prefill=[(1, 5)])
+    for _ in range(3):
+        driver.step(decode=[0, 1])
+    assert driver.rows[0].produced == expected(peft_llama, "all_linear", prompt(1, 9), 6)
+    assert driver.rows[1].produced == expected(peft_llama, "query_value", prompt(2, 5), 4)

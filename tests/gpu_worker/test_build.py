@@ -30,6 +30,7 @@ def test_the_worker_says_what_it_has(llama_folder: Path) -> None:
         adapter_pool_bytes=512 << 20,
         adapter_slots=1024,
         rows=5,
+        step_tokens=512,
     )
     assert built.facts["dtype"] == "torch.bfloat16"
     assert built.facts["device"] == "cpu"

@@ -13,8 +13,10 @@ import pytest
 from pipeline.arena import create
 from pipeline.channels import Inbox, Outbox
 from pipeline.messages import (
+    AdapterPlaced,
     AttachArena,
     NewRow,
+    PlaceAdapter,
     ProcessReady,
     Shutdown,
     Stats,
@@ -89,10 +91,13 @@ def test_it_gets_ready_runs_steps_in_order_and_leaves(
     row = NewRow(2, 2, ints(tokens), 6, 0, ints([3, 1, 2]), GREEDY, False)
     chunk = np.array([[2, 0, 6]], np.int32).tobytes()
     peers.outbox.send("gpu_worker", AttachArena(str(path), 1 << 20))
-    peers.outbox.send("gpu_worker", Step(1, prefill=chunk, new_rows=(row,), copies=copies))
+    for copy in copies:
+        peers.outbox.send("gpu_worker", PlaceAdapter(copy))
+    peers.outbox.send("gpu_worker", Step(1, prefill=chunk, new_rows=(row,)))
     for step_id in range(2, 5):  # all sent before the first is answered
         peers.outbox.send("gpu_worker", Step(step_id, decode_rows=ints([2])))
-    done = receive(peers.scheduler, 4)
+    *placed, first, second, third, fourth = receive(peers.scheduler, 7)
+    assert placed == [AdapterPlaced(slot) for slot in range(3)]
 
     worker = make_worker(llama_folder)
     worker.attach_arena(staged)
@@ -100,7 +105,7 @@ def test_it_gets_ready_runs_steps_in_order_and_leaves(
     driver.step(copies=copies)
     expected = driver.add(0, tokens, slot=2)
     driver.generate([0], 4)
-    assert done == [
+    assert [first, second, third, fourth] == [
         StepDone(step_id, ints([token])) for step_id, token in enumerate(expected.produced, start=1)
     ]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.worker import Worker
-from pipeline.messages import Sampling, Step
+from pipeline.messages import PlaceAdapter, Sampling
 from tests.gpu_worker.driving import BLOCK_TOKENS, ROWS, Driver, make_worker, prompt
 from tests.gpu_worker.packing import Packed, arena_of
 from tests.gpu_worker.tiny import make_model
@@ -36,7 +36,8 @@ def workers(
     for worker in made.values():
         arena, copies = arena_of(packed_adapters)
         worker.attach_arena(arena)
-        worker.run(Step(0, copies=copies))
+        for copy in copies:
+            worker.place(PlaceAdapter(copy))
     return made
 
 

@@ -143,4 +143,7 @@ def test_figures_count_steps_tokens_and_copies(
     assert values["loradex_fed_tokens_total{'phase': 'decode'}"] == 3
     assert values["loradex_sampled_tokens_total"] == 4
     assert values["loradex_adapter_copies_total"] == 3
+    busy, idle = (values[f"loradex_decode_{what}_seconds_total"] for what in ("busy", "idle"))
+    assert 0 < busy < values["loradex_step_seconds_sum"]
+    assert idle > 0
     assert values["loradex_adapter_copied_bytes_total"] == len(arena)

@@ -10,7 +10,18 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
-from pipeline.messages import AdapterCopy, NewRow, Step, StepDone, WorkerReady
+import msgspec
+
+from pipeline.messages import (
+    AdapterCopy,
+    AdapterMove,
+    AdapterPlaced,
+    NewRow,
+    PlaceAdapter,
+    Step,
+    StepDone,
+    WorkerReady,
+)
 
 VOCABULARY = 17
 EOS = 0
@@ -51,7 +62,10 @@ class Row:
 
 
 class FakeWorker:
-    """arena: content by arena offset, as the loader leases it."""
+    """It overwrites the pool as soon as it is told to, and reads the arena as late as it may.
+
+    arena  content by arena offset, as the loader leases it
+    """
 
     def __init__(
         self,
@@ -65,9 +79,13 @@ class FakeWorker:
         step_tokens: int = 16,
         chunk_tokens: int = 16,
     ) -> None:
-        self.ready = WorkerReady(kv_blocks, block_tokens, pool_bytes, slots, rows)
+        self.ready = WorkerReady(
+            kv_blocks, block_tokens, pool_bytes, slots, rows, step_tokens=step_tokens
+        )
         self.steps: deque[Step] = deque()  # sent, not run
         self.run_steps: list[Step] = []
+        self.placing: deque[PlaceAdapter] = deque()  # sent, not done
+        self.placements: list[PlaceAdapter] = []  # all that were sent
         self._arena = arena
         self._step_tokens = step_tokens
         self._chunk_tokens = chunk_tokens
@@ -75,10 +93,24 @@ class FakeWorker:
         self._kv: dict[tuple[int, int], tuple[str, int]] = {}  # (block, place): content, token
         self._copies: dict[int, AdapterCopy] = {}  # by slot; what still lies in the pool
         self._content_of: dict[int, str] = {-1: BASE}  # by slot
+        self._filled_after: dict[int, int] = {}  # by slot: steps that were sent before
 
     def send(self, step: Step) -> None:
         self.steps.append(step)
         assert len(self.steps) <= 2, "too many steps in flight"
+
+    def place(self, message: PlaceAdapter) -> None:
+        self.placing.append(message)
+        self.placements.append(message)
+        for move in message.moves:
+            self._move(move)
+        self._copy(message.copy)
+
+    def placed(self) -> AdapterPlaced:
+        """The oldest placement ends."""
+        copy = self.placing.popleft().copy
+        assert self._content_of[copy.slot] == self._arena[copy.arena_offset], "given away too soon"
+        return AdapterPlaced(copy.slot)
 
     def run(self) -> StepDone:
         """Run the oldest step that was sent."""
@@ -97,8 +129,6 @@ class FakeWorker:
         return StepDone(step.step_id, array("i", sampled).tobytes())
 
     def _change_rows(self, step: Step) -> None:
-        for copy in step.copies:
-            self._copy(copy)
         for number in unpack(step.free_rows):
             del self._rows[number]
         for new in step.new_rows:
@@ -107,18 +137,34 @@ class FakeWorker:
             self._check_unused([block])
             self._rows[number].blocks.append(block)
 
+    def _move(self, move: AdapterMove) -> None:
+        """What is said not to be in use, moves under the steps in flight."""
+        copy = self._copies.pop(move.slot)
+        assert copy.pool_offset == move.from_offset
+        assert copy.nbytes <= move.nbytes
+        assert move.to_offset < move.from_offset
+        assert move.slot not in [placing.copy.slot for placing in list(self.placing)[:-1]]
+        self._overwrite(move.to_offset, move.nbytes)
+        self._copies[move.slot] = msgspec.structs.replace(copy, pool_offset=move.to_offset)
+        if not move.in_use:
+            self._filled_after[move.slot] = len(self.run_steps) + len(self.steps)
+
     def _copy(self, copy: AdapterCopy) -> None:
         assert 0 <= copy.slot < self.ready.adapter_slots
-        assert copy.pool_offset % 256 == 0
-        assert 0 <= copy.pool_offset <= self.ready.adapter_pool_bytes - copy.nbytes
-        end = copy.pool_offset + copy.nbytes
+        self._copies.pop(copy.slot, None)
+        self._overwrite(copy.pool_offset, copy.nbytes)
+        self._copies[copy.slot] = copy
+        self._filled_after[copy.slot] = len(self.run_steps) + len(self.steps)
+        self._content_of[copy.slot] = self._arena[copy.arena_offset]
+
+    def _overwrite(self, offset: int, nbytes: int) -> None:
+        assert offset % 256 == 0
+        assert 0 <= offset <= self.ready.adapter_pool_bytes - nbytes
         self._copies = {
             slot: other
             for slot, other in self._copies.items()
-            if end <= other.pool_offset or other.pool_offset + other.nbytes <= copy.pool_offset
+            if offset + nbytes <= other.pool_offset or other.pool_offset + other.nbytes <= offset
         }
-        self._copies[copy.slot] = copy
-        self._content_of[copy.slot] = self._arena[copy.arena_offset]
 
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, "the row is taken"
@@ -171,3 +217,4 @@ class FakeWorker:
         if row.slot >= 0:
             assert row.slot in self._copies, "the adapter was overwritten while it was in use"
             assert self._content_of[row.slot] == row.content
+            assert self._filled_after[row.slot] < len(self.run_steps), "filled under a step"

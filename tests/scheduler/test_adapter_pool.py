@@ -87,6 +87,49 @@ def test_an_adapter_larger_than_the_pool_is_known_as_such() -> None:
     assert not pool.holds(2 * UNIT + 1)
 
 
+def test_free_bytes_that_are_apart_are_brought_together() -> None:
+    pool = AdapterPool(nbytes=6 * UNIT, slots=8)
+    first, second, third, fourth, _ = fill(pool, 1, 1, 1, 1, 2)
+    pool.evict(first)
+    pool.evict(third)
+    assert pool.place(adapter("new"), 2 * UNIT, ()) is None
+    place = pool.place(adapter("new"), 2 * UNIT, (), fixed=())
+    assert place is not None
+    assert place.moves == [(second, UNIT)]
+    assert (second.offset, second.end, place.extent.offset) == (0, UNIT, UNIT)
+    assert fourth.offset == 3 * UNIT
+
+
+def test_the_fewest_bytes_are_moved() -> None:
+    pool = AdapterPool(nbytes=9 * UNIT, slots=8)
+    first, large, third, small, fifth, _ = fill(pool, 1, 3, 1, 1, 1, 2)
+    for gone in (first, third, fifth):
+        pool.evict(gone)
+    place = pool.place(adapter("new"), 2 * UNIT, (), fixed=())
+    assert place is not None
+    assert place.moves == [(small, 5 * UNIT)]
+    assert (large.offset, place.extent.offset) == (UNIT, 5 * UNIT)
+
+
+def test_those_that_are_fixed_are_not_moved() -> None:
+    pool = AdapterPool(nbytes=6 * UNIT, slots=8)
+    first, second, third, fourth, fifth, sixth = fill(pool, 1, 1, 1, 1, 1, 1)
+    place = pool.place(adapter("new"), 2 * UNIT, [first, third, fifth], fixed=[second, sixth])
+    assert place is not None
+    assert names(place.evicted) == ["2", "4"]
+    assert place.moves == [(fourth, 3 * UNIT)]
+    assert place.extent.offset == 3 * UNIT
+
+
+def test_no_more_are_moved_than_may_be() -> None:
+    pool = AdapterPool(nbytes=4 * UNIT, slots=8)
+    first, *_, last = fill(pool, 1, 1, 1, 1)
+    pool.evict(first)
+    pool.evict(last)
+    assert pool.place(adapter("new"), 2 * UNIT, (), fixed=(), most_moves=1) is None
+    assert pool.place(adapter("new"), 2 * UNIT, (), fixed=(), most_moves=2) is not None
+
+
 @given(
     units=st.integers(1, 12),
     slots=st.integers(1, 6),
@@ -104,7 +147,8 @@ def test_extents_never_overlap_and_only_what_may_be_evicted_is(
         place = pool.place(adapter(number), nbytes, evictable)
         if place is None:
             continue
-        extent, evicted = place
+        extent, evicted, moves = place
+        assert not moves
         assert set(names(evicted)) <= set(names(evictable))
         for gone in evicted:
             del resident[gone.key.id]

@@ -1,6 +1,7 @@
 """Adapters: loaded once, passed by others, placed, pinned, evicted; leases always come back."""
 
 from pipeline.messages import AdapterKey, FailureKind, FinishReason, LoadAdapter, ReleaseAdapter
+from scheduler.adapters import MAX_BYTES_AHEAD
 from scheduler.policy import MAX_OVERTAKING_SECONDS
 from tests.scheduler.fake_loader import NOT_FOUND
 from tests.scheduler.fake_worker import BASE, reply
@@ -47,34 +48,75 @@ def test_an_adapter_is_asked_for_once_whoever_wants_it() -> None:
     assert loads(world) == [key("sql")]
 
 
-def test_an_adapter_is_copied_and_used_in_the_same_step() -> None:
+def test_the_first_step_with_an_adapter_does_not_wait_for_its_copy() -> None:
     world = World()
     world.submit(adapter="sql")
     world.stage(nbytes=700)
-    step = world.worker.steps[0]
-    assert [(copy.slot, copy.pool_offset, copy.nbytes) for copy in step.copies] == [(0, 0, 700)]
-    assert step.new_rows[0].slot == 0
+    (placing,) = world.worker.placing
+    assert (placing.copy.slot, placing.copy.pool_offset, placing.copy.nbytes) == (0, 0, 700)
+    assert world.worker.steps[0].new_rows[0].slot == 0
 
 
-def test_a_prefetched_adapter_is_copied_in_a_step_without_rows() -> None:
+def test_a_copy_does_not_wait_for_a_step_in_flight_to_end() -> None:
+    world = World()
+    world.submit(max_tokens=20)
+    assert len(world.worker.steps) == 2
+    world.submit(adapter="sql")
+    world.stage()
+    assert len(world.worker.placing) == 1
+    world.step(arrivals=False)
+    assert world.worker.steps[-1].new_rows[0].slot == 0
+
+
+def test_a_prefetched_adapter_is_copied_without_a_step() -> None:
     world = World()
     world.prefetch("sql")
     world.stage()
-    step = world.worker.steps[0]
-    assert len(step.copies) == 1
-    assert not step.new_rows
+    assert len(world.worker.placing) == 1
+    assert not world.worker.steps
     world.run()
     assert world.core.figures().adapters_resident == 1
 
 
+def test_a_step_is_not_held_up_by_the_copies_ahead_of_that_of_its_adapter() -> None:
+    large = MAX_BYTES_AHEAD + 1
+    world = World(pool_bytes=4 * large)
+    for name in ("small", "large", "late"):
+        world.submit(adapter=name)
+    for nbytes in (256, large, 256):
+        world.stage(nbytes=nbytes)
+    for _ in range(4):
+        world.step(arrivals=False)
+    slots = [new.slot for step in world.worker.run_steps for new in step.new_rows]
+    assert slots == [0, 1]
+    world.arrive()
+    world.arrive()
+    while world.worker.steps:
+        world.step()
+    assert all(len(tokens) == 4 for tokens in world.tokens.values())
+
+
 def test_the_lease_goes_back_when_the_copy_is_done() -> None:
     world = World()
-    world.prefetch("sql")
+    world.submit(adapter="sql")
     world.stage()
+    world.step(arrivals=False)
     assert world.loader.leases
-    world.step()
+    world.arrive()
     assert not world.loader.leases
     assert isinstance(world.to_loader()[-1], ReleaseAdapter)
+
+
+def test_an_adapter_is_not_evicted_while_it_arrives() -> None:
+    world = World(slots=1)
+    world.prefetch("a")
+    world.stage()
+    world.submit(adapter="b")
+    world.stage()
+    assert len(world.worker.placements) == 1
+    world.arrive()
+    assert len(world.worker.placements) == 2
+    world.run()
 
 
 def test_the_arena_is_attached_before_the_first_copy() -> None:
@@ -195,9 +237,9 @@ def test_an_adapter_is_not_overwritten_while_a_surplus_row_in_flight_uses_it() -
     world.step()
     world.cancel(running)
     world.step()  # the step in flight when it was cancelled is still to come
-    assert not any(step.copies for step in world.worker.steps)
+    assert len(world.worker.placements) == 1
     world.step()
-    assert any(step.copies for step in world.worker.steps)
+    assert len(world.worker.placements) == 2
     world.run()
 
 
@@ -331,3 +373,73 @@ def test_a_request_does_not_go_on_with_other_bytes_under_the_same_name() -> None
     assert (failure.status, failure.kind) == (503, FailureKind.ADAPTER_UNAVAILABLE)
     produced = world.tokens[preempted]
     assert produced == reply("sql", [2] * 5, len(produced), ignore_eos=True)
+
+
+def fragmented(world: World, *, running: bool) -> dict[str, int]:
+    """Four adapters fill the pool; a and c are the ones used longest ago. Returns the requests
+    that run with b and d."""
+    for name in ("a", "c", "b", "d"):
+        world.prefetch(name)
+    for name in ("a", "b", "c", "d"):
+        names = [load.adapter.id for load in world.loader.loads]
+        world.stage(names.index(name), nbytes=HALF // 2)
+    world.run()
+    for name in ("c", "b", "d"):
+        world.prefetch(name)
+    requests = {name: world.submit(adapter=name, max_tokens=30) for name in ("b", "d") if running}
+    while len(world.worker.run_steps) < 3 and running:
+        world.step()
+    return requests
+
+
+def test_idle_adapters_are_moved_where_room_is_not_in_a_row() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=False)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=HALF)
+    (placing,) = world.worker.placing
+    assert [(move.slot, move.in_use) for move in placing.moves] == [(1, False)]
+    assert world.core.figures().adapters_resident == 3
+    world.run()
+    assert world.tokens[large] == reply("large", [1, 2, 3], 4, ignore_eos=True)
+    world.submit(adapter="b")
+    assert loads(world).count(key("b")) == 1
+    world.run()
+
+
+def test_adapters_in_use_are_moved_if_there_is_no_other_way() -> None:
+    world = World(pool_bytes=2 * HALF)
+    requests = fragmented(world, running=True)
+    large = world.submit(adapter="large")
+    world.stage(nbytes=HALF)
+    (placing,) = world.worker.placing
+    assert [(move.slot, move.in_use) for move in placing.moves] == [(1, True)]
+    world.run()
+    for name, request in {**requests, "large": large}.items():
+        tokens = world.tokens[request]
+        assert tokens == reply(name, [1, 2, 3], len(tokens), ignore_eos=True)
+
+
+def test_adapters_in_use_are_not_moved_for_one_that_nobody_waits_for() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=True)
+    world.prefetch("large")
+    world.stage(nbytes=HALF)
+    assert not world.worker.placing
+    world.run()
+
+
+def test_a_move_does_not_count_as_a_use() -> None:
+    world = World(pool_bytes=2 * HALF)
+    fragmented(world, running=False)
+    world.prefetch("large")
+    world.stage(nbytes=HALF)
+    world.arrive()  # b has been moved, d has not
+    world.prefetch("e")
+    world.stage(nbytes=HALF // 2)
+    world.run()
+    world.prefetch("d")
+    assert loads(world).count(key("d")) == 1
+    world.prefetch("b")
+    assert loads(world).count(key("b")) == 2
+    world.run()

@@ -16,7 +16,7 @@ def test_two_steps_are_sent_before_any_tokens_are_known() -> None:
     prefill, decode = world.worker.steps
     assert chunks(prefill) == [(0, 0, 3)]
     assert unpack(decode.decode_rows) == [0]
-    assert world.core.next_step(0.0) is None
+    assert world.core.next_work(0.0) is None
 
 
 def test_no_row_is_decoded_beyond_its_length() -> None:

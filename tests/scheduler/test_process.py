@@ -16,6 +16,7 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
 from pipeline.messages import (
     AdapterKey,
+    AdapterPlaced,
     AdapterStaged,
     ArenaReady,
     AttachArena,
@@ -23,6 +24,7 @@ from pipeline.messages import (
     FinishReason,
     LoadAdapter,
     Message,
+    PlaceAdapter,
     Prefetch,
     ProcessReady,
     ReleaseAdapter,
@@ -164,7 +166,9 @@ def test_an_adapter_is_loaded_copied_and_released(start: Callable[..., Neighbour
     assert neighbours.next("adapter_loader", LoadAdapter) == LoadAdapter(SQL, "secret")
     neighbours.send(AdapterStaged(SQL, "digest", 8192, 700, b"\x08\x00" * 7))
     assert neighbours.next("gpu_worker", AttachArena) == AttachArena("/dev/shm/arena", 1 << 20)
-    assert [copy.arena_offset for copy in answer(neighbours).copies] == [8192]
+    placing = neighbours.next("gpu_worker", PlaceAdapter)
+    assert placing.copy.arena_offset == 8192
+    neighbours.send(AdapterPlaced(placing.copy.slot))
     assert neighbours.next("adapter_loader", ReleaseAdapter) == ReleaseAdapter(SQL, 8192)
 
 

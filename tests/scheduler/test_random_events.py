@@ -1,9 +1,10 @@
 """Any order of events: nothing is lost, shared by mistake, kept for ever or said twice."""
 
+import random
 from array import array
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -36,7 +37,7 @@ class AnyOrder(RuleBasedStateMachine):
         prefix_cache=st.booleans(),
         chunk=st.sampled_from((0, 3, 7)),
         rows=st.integers(1, 4),
-        slots=st.integers(1, 4),
+        slots=st.integers(1, 6),
         started=st.booleans(),
         workers=st.integers(1, 2),
     )
@@ -84,7 +85,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         version=st.sampled_from(("", "", "", "", "another", BROKEN, "none")),
-        nbytes=st.sampled_from((100, 256, 700, 1000, 1500, POOL_BYTES, POOL_BYTES + 1)),
+        nbytes=st.sampled_from((100, 256, 300, 500, 700, 1000, 1500, POOL_BYTES, POOL_BYTES + 1)),
     )
     def answer_load(self, data: st.DataObject, version: str, nbytes: int) -> None:
         which = data.draw(st.integers(0, len(self.world.loader.loads) - 1))
@@ -96,11 +97,16 @@ class AnyOrder(RuleBasedStateMachine):
             self.world.stage(which, content=content, nbytes=nbytes)
 
     @precondition(lambda self: self.world.worker.steps)
-    @rule(steps=st.integers(1, 12))
-    def steps(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 12), arrivals=st.booleans())
+    def steps(self, steps: int, arrivals: bool) -> None:
         for _ in range(steps):
             if self.world.worker.steps:
-                self.world.step()
+                self.world.step(arrivals=arrivals)
+
+    @precondition(lambda self: self.world.worker.placing)
+    @rule()
+    def arrive(self) -> None:
+        self.world.arrive()
 
     @rule(seconds=st.sampled_from((0.01, 0.1, 1.0, 4.0)))
     def wait(self, seconds: float) -> None:
@@ -175,3 +181,32 @@ AnyOrder.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestAnyOrder = AnyOrder.TestCase
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.randoms(use_true_random=False), rows=st.integers(2, 6))
+def test_adapters_of_many_sizes_come_and_go_and_nobody_notices(
+    seed: random.Random, rows: int
+) -> None:
+    world = World(pool_bytes=4096, slots=16, rows=rows, kv_blocks=64)
+    sizes = {f"adapter {number}": seed.randint(1, 2000) for number in range(16)}
+    for _ in range(60):
+        action = seed.random()
+        if action < 0.35:
+            world.submit(adapter=seed.choice([*sizes]), max_tokens=seed.randint(1, 12))
+        elif action < 0.65 and world.loader.loads:
+            which = seed.randrange(len(world.loader.loads))
+            world.stage(which, nbytes=sizes[world.loader.loads[which].adapter.id])
+        elif action < 0.75 and world.worker.placing:
+            world.arrive()
+        elif world.worker.steps:
+            world.step(arrivals=False)
+    while world.loader.loads:
+        world.stage(nbytes=sizes[world.loader.loads[0].adapter.id])
+        world.run()
+    world.run()
+    for request_id, request in world.requests.items():
+        assert request.adapter is not None
+        prompt = array("i", request.token_ids).tolist()
+        expected = reply(request.adapter.id, prompt, request.max_tokens, ignore_eos=True)
+        assert world.tokens[request_id] == expected

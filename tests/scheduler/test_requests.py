@@ -5,7 +5,7 @@ from array import array
 
 import pytest
 
-from pipeline.messages import FailureKind, FinishReason, StepDone, Submit, Tokens, WorkerReady
+from pipeline.messages import FailureKind, FinishReason, Step, StepDone, Submit, Tokens, WorkerReady
 from scheduler.core import Scheduler
 from tests.scheduler.fake_worker import BASE, BROKEN, EOS, next_token, reply
 from tests.scheduler.world import SETTINGS, World
@@ -167,7 +167,7 @@ def test_a_base_model_that_gives_no_finite_logits_is_our_fault() -> None:
     core = Scheduler(settings=SETTINGS, eos_token_ids=())
     core.worker_ready(WorkerReady(8, 4, 1024, 4, 4), 0.0)
     core.submit(Submit(1, 0, 0.0, array("i", [5]).tobytes(), max_tokens=3), 0.0)
-    assert core.next_step(0.0) is not None
+    assert core.next_work(0.0) is not None
     core.step_done(StepDone(1, array("i", [-1]).tobytes()), 0.0)
     [(_, _, message)] = core.take_outbox()
     assert isinstance(message, Tokens)
@@ -228,8 +228,8 @@ def test_logprobs_travel_beside_their_tokens(wanted: bool) -> None:
     core.worker_ready(WorkerReady(8, 4, 1024, 4, 4), 0.0)
     prompt = array("i", [5]).tobytes()
     core.submit(Submit(1, 0, 0.0, prompt, max_tokens=3, logprobs=wanted), 0.0)
-    step = core.next_step(0.0)
-    assert step is not None
+    step = core.next_work(0.0)
+    assert isinstance(step, Step)
     assert step.new_rows[0].logprobs is wanted
     logprobs = array("f", [-0.5]).tobytes() if wanted else b""
     core.step_done(StepDone(1, array("i", [7]).tobytes(), logprobs), 0.0)

@@ -123,8 +123,15 @@ class World:
         self.core.adapter_failed(self.loader.fail(which), self.now)
         self.settle()
 
-    def step(self) -> Step:
-        """The worker runs the oldest step in flight, which is returned."""
+    def arrive(self) -> None:
+        """The oldest copy has arrived in the pool."""
+        self.core.adapter_placed(self.worker.placed())
+        self.settle()
+
+    def step(self, *, arrivals: bool = True) -> Step:
+        """The worker runs the oldest step in flight, which is returned, after copies arrived."""
+        while arrivals and self.worker.placing:
+            self.arrive()
         done = self.worker.run()
         self.core.step_done(done, self.now)
         self.settle()
@@ -142,6 +149,8 @@ class World:
                 self.stage()
             elif self.worker.steps:
                 self.step()
+            elif self.worker.placing:
+                self.arrive()
             else:
                 assert self.core.idle, "a request waits for ever"
                 return
@@ -152,9 +161,12 @@ class World:
     def settle(self) -> None:
         """Send what the core says, as the loop does."""
         self._deliver()
-        while (step := self.core.next_step(self.now)) is not None:
-            assert self.arena_attached or not step.copies
-            self.worker.send(step)
+        while (work := self.core.next_work(self.now)) is not None:
+            if isinstance(work, Step):
+                self.worker.send(work)
+            else:
+                assert self.arena_attached
+                self.worker.place(work)
         self._deliver()
 
     def _deliver(self) -> None:
