@@ -35,7 +35,7 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
-from pipeline.messages import AdapterCopy, NewRow, Sampling, Step
+from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step
 from pipeline.model_config import ModelConfig, read_model_config
 
 ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
@@ -188,7 +188,8 @@ def load_adapters(worker: Worker, config: ModelConfig) -> dict[str, int]:
         copies.append(AdapterCopy(slot, offset, offset, len(extent), ranks))
         offset += -(-len(extent) // 256) * 256
     worker.attach_arena(arena)
-    worker.run(Step(1, copies=tuple(copies)))
+    for copy in copies:
+        worker.place(PlaceAdapter(copy))
     return {name: slot for slot, name in enumerate(adapter_names())}
 
 
