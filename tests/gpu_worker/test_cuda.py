@@ -155,7 +155,9 @@ def generate_with_adapters(worker: Worker, copies: tuple[AdapterCopy, ...]) -> l
 @pytest.mark.parametrize("cuda_graphs", [True, False])
 def test_a_step_waits_for_the_adapters_that_it_uses(folder: Path, cuda_graphs: bool) -> None:
     exact = generate_with_adapters(
-        *with_adapters(folder, torch.float32, device="cpu", kv_block_tokens=16, kv_cache_bytes=1 << 24)
+        *with_adapters(
+            folder, torch.float32, device="cpu", kv_block_tokens=16, kv_cache_bytes=1 << 24
+        )
     )
     found = generate_with_adapters(*on_gpu(folder, cuda_graphs=cuda_graphs))
     same = [a == b for a, b in zip(exact, found, strict=True)]
