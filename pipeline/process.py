@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -42,7 +43,7 @@ def run(
         set_up_logs(process, settings.log_level)
         run_folder(settings)
         processes = count(settings) if callable(count) else count
-        index = _fork(processes)
+        index, children = _fork(processes)
         set_up_logs(f"{process}.{index}" if processes > 1 else process, settings.log_level)
         _set_deadline_on_sigterm(settings.drain_seconds + GRACE_SECONDS)
         main(settings, index)
@@ -50,9 +51,7 @@ def run(
     except ConfigError as error:
         print(f"loradex: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CONFIG)
-    if index == 0:
-        sys.exit(_wait_for_children())
-    sys.exit(0)
+    sys.exit(children.wait())
 
 
 def run_folder(settings: Settings) -> Path:
@@ -83,38 +82,48 @@ def _set_deadline_on_sigterm(seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
 
 
-def _fork(count: int) -> int:
+def _fork(count: int) -> tuple[int, "_Children"]:
     parent = os.getpid()
+    pids = []
     for index in range(1, count):
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
                 os._exit(1)
-            return index
-    if count > 1:
-        signal.signal(signal.SIGCHLD, _child_ended)
-    return 0
+            return index, _Children([])
+        pids.append(pid)
+    return 0, _Children(pids)
 
 
-def _child_ended(_signal: int, _frame: FrameType | None) -> None:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
+class _Children:
+    """The other processes of the first: when one fails, the first ends at once with an error.
+
+    A thread waits for each. A handler of SIGCHLD would miss a child that ends before it is set,
+    or between the interpreter's last look at its signals and a wait without a limit.
+    """
+
+    def __init__(self, pids: list[int]) -> None:
+        self._draining = False
+        self._failed = 0
+        self._waiting = [
+            threading.Thread(target=self._watch, args=(pid,), daemon=True) for pid in pids
+        ]
+        for thread in self._waiting:
+            thread.start()
+
+    def wait(self) -> int:
+        """Wait until all have ended, each in its own time; returns 1 if one failed, else 0."""
+        self._draining = True
+        for thread in self._waiting:
+            thread.join()
+        return self._failed
+
+    def _watch(self, pid: int) -> None:
+        _, status = os.waitpid(pid, 0)
+        if status == 0:
             return
-        if pid == 0:
-            return
-        if status != 0:
-            log.error("event=child_died pid=%d status=%d", pid, status)
+        log.error("event=child_died pid=%d status=%d", pid, status)
+        self._failed = 1
+        if not self._draining:
             os._exit(1)
-
-
-def _wait_for_children() -> int:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    failed = 0
-    while True:
-        try:
-            _, status = os.wait()
-        except ChildProcessError:
-            return failed
-        failed = failed or int(status != 0)
