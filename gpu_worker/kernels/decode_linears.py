@@ -32,9 +32,10 @@ from pipeline.adapter_layout import GROUPS, ModuleShape
 ROW_COLUMNS = 64  # columns that a row may have on average
 LEAST_COLUMNS = 2048
 MOST_ROWS = 128  # of a block
-LEAST_OUTPUTS = 16  # of a block
+LEAST_OUTPUTS, MOST_OUTPUTS = 16, 64  # of a block
 STAGE_BYTES = 192 << 10  # of shared memory for the blocks on their way
 LORA_STAGE_BYTES = 176 << 10  # so that programs of the shrink may run beside
+GATED_STAGE_BYTES = 96 << 10  # so that two programs run beside each other
 
 
 class LinearTuning(NamedTuple):
@@ -138,9 +139,8 @@ class DecodeLinears:
         """For a layer of this group; benchmarks/lora_kernels.py compares others."""
         outs = [self._shapes[module].out_features for module in GROUPS[group]]
         gated = group == GATE_UP
-        most_n = 128 if gated and lora else 64
         block_m = min(max(triton.next_power_of_2(rows), 16), MOST_ROWS)
-        block_n = min(most_n, *(out & -out for out in outs))
+        block_n = min(MOST_OUTPUTS, *(out & -out for out in outs))
         tiles = (outs[0] if gated else sum(outs)) // block_n * -(-rows // block_m)
         block_k = 128 if len(outs) == 1 and not lora else 64
         splits = 1
@@ -149,7 +149,7 @@ class DecodeLinears:
                 splits *= 2
         budget = LORA_STAGE_BYTES if lora else STAGE_BYTES
         if gated:
-            budget -= 32768
+            budget = GATED_STAGE_BYTES
         stage_bytes = (block_m + block_n * (2 if gated else 1)) * block_k * 2
         return LinearTuning(
             block_m=block_m,
@@ -157,8 +157,8 @@ class DecodeLinears:
             block_k=min(block_k, triton.next_power_of_2(in_features)),
             splits=splits,
             stages=max(2, min(8, budget // stage_bytes)),
-            rank_stages=5 if gated else 7,
-            warps=8 if block_n == 128 else 4,
+            rank_stages=3 if gated else 7,
+            warps=4,
         )._replace(**self._changes.get(group, {}))
 
 

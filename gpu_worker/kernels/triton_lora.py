@@ -33,15 +33,15 @@ class Tuning(NamedTuple):
 
     tile_height: int = 64
     rank_block: int = 64
-    k_block: int = 64
-    splits: int = 4
-    shrink_programs: int = 132 * 4
-    shrink_warps: int = 4
+    k_block: int = 128
+    splits: int = 2
+    shrink_programs: int = 132 * 2
+    shrink_warps: int = 8
     shrink_stages: int = 4
-    out_block: int = 128
-    expand_programs: int = 132 * 4
-    expand_warps: int = 4
-    expand_stages: int = 2
+    out_block: int = 64
+    expand_programs: int = 132 * 2
+    expand_warps: int = 8
+    expand_stages: int = 3
 
 
 class TritonLora:
