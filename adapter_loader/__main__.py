@@ -4,21 +4,18 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, assert_never
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from prometheus_client import Counter, Gauge
 
-from adapter_loader.bundled_model import cache_root
 from adapter_loader.checkpoint import DTYPES, BaseModel
 from adapter_loader.core import Core, Discard, StartFetch, StartPack
+from adapter_loader.enabled_sources import enabled_sources
 from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
-from adapter_loader.sources.hub import HubSource
-from adapter_loader.sources.local import LocalSource
 from adapter_loader.workers import Workers
 from pipeline.arena import arena_path, create
 from pipeline.channels import Inbox, Outbox
@@ -78,11 +75,13 @@ class Loader:
         self._arena = arena
         self._inbox = inbox
         self._outbox = outbox
-        self._core = Core(arena_bytes=len(arena), load_seconds=settings.adapter_load_seconds)
+        self._core = Core(
+            arena_bytes=len(arena),
+            load_seconds=settings.adapter_load_seconds,
+            remember_seconds=settings.failed_load_seconds,
+        )
         self._checked: dict[AdapterKey, Checked] = {}
-        self._fetchers = {  # a slow hub must not hold up local adapters
-            name: Workers(f"fetch-{name}", settings.loader_threads) for name in sources
-        }
+        self._fetchers: dict[str, Workers] = {}  # by lane: a slow server holds up its own alone
         self._packers = Workers("pack", settings.loader_threads)
         self._loop = asyncio.new_event_loop()
         self._deadline: asyncio.TimerHandle | None = None
@@ -142,7 +141,10 @@ class Loader:
             self._loop.call_soon(self._on_fetched, key, failure(key, error))
             return
         fetch = partial(fetch_and_check, key, action.token, action.known, source, self._base)
-        self._fetchers[key.source].submit(partial(self._run_job, key, fetch, self._on_fetched))
+        lane = source.lane(key)
+        if lane not in self._fetchers:
+            self._fetchers[lane] = Workers(f"fetch-{lane}", self._settings.loader_threads)
+        self._fetchers[lane].submit(partial(self._run_job, key, fetch, self._on_fetched))
 
     def _start_pack(self, action: StartPack) -> None:
         extent = self._arena[action.offset : action.offset + action.nbytes]
@@ -171,14 +173,14 @@ class Loader:
             case Unchanged():
                 self._core.unchanged(key)
             case Failure():
-                self._core.failed(key, result)
+                self._core.failed(key, result, self._loop.time())
             case _:
                 assert_never(result)
         self._act()
 
     def _on_packed(self, key: AdapterKey, result: str | Failure) -> None:
         if isinstance(result, Failure):
-            self._core.failed(key, result)
+            self._core.failed(key, result, self._loop.time())
         else:
             self._core.packed(key, result)
         self._act()
@@ -225,25 +227,12 @@ def base_model(settings: Settings) -> BaseModel:
     return BaseModel(config.layers, config.module_shapes(), dtype)
 
 
-def sources_of(settings: Settings) -> dict[str, Source]:
-    caches = Path(settings.cache).expanduser() if settings.cache else cache_root()
-    return {
-        "local": LocalSource(
-            roots=settings.adapter_roots(), max_adapter_bytes=settings.max_adapter_bytes
-        ),
-        "hub": HubSource(
-            token_caches=caches / "adapters",
-            max_adapter_bytes=settings.max_adapter_bytes,
-            share_token=settings.share_hub_token,
-        ),
-    }
-
-
 def main(settings: Settings, index: int) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = run_folder(settings)
     base = base_model(settings)
+    sources = enabled_sources(settings)
     path = arena_path(folder)
     arena = create(path, settings.arena_bytes)
     inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, index, ToAdapterLoader)
@@ -252,7 +241,7 @@ def main(settings: Settings, index: int) -> None:
         loader = Loader(
             settings=settings,
             base=base,
-            sources=sources_of(settings),
+            sources=sources,
             arena=memoryview(arena),
             inbox=inbox,
             outbox=outbox,

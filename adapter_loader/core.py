@@ -5,14 +5,17 @@
                        -> failed, or the deadline passes -> AdapterFailed
 
 All loads of a key that come while it is fetched wait for that one fetch. Each load is answered
-exactly once. A staged adapter stays where it is when its leases have come back, until its room is
-needed; its source is asked again by each load that finds nothing under way.
+exactly once. A remote adapter's failure is remembered for a short time, by its whole key: other
+tenants, whose token is another, ask for themselves. A staged adapter stays where it is when its
+leases have come back, until its room is needed; its source is asked again by each load that finds
+nothing under way.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from adapter_loader.arena_space import ArenaSpace
+from adapter_loader.recent_failures import RecentFailures
 from adapter_loader.refusals import failure, invalid, unavailable
 from pipeline.messages import (
     AdapterFailed,
@@ -81,12 +84,16 @@ class _Staged:
 class Core:
     """Inputs are named after what happened; `now` is in seconds of any clock.
 
-    load_seconds   a load that takes longer has failed
+    load_seconds      a load that takes longer has failed
+    remember_seconds  a remote adapter that has failed is not asked for again for so long
     """
 
-    def __init__(self, *, arena_bytes: int, load_seconds: float) -> None:
+    def __init__(
+        self, *, arena_bytes: int, load_seconds: float, remember_seconds: float = 0
+    ) -> None:
         self._space = ArenaSpace(arena_bytes)
         self._load_seconds = load_seconds
+        self._failures = RecentFailures(remember_seconds)
         self._fetches: dict[AdapterKey, _Fetch] = {}
         self._waiting: list[AdapterKey] = []  # fetched, no room yet; the oldest first
         self._staged: dict[int, _Staged] = {}
@@ -106,6 +113,10 @@ class Core:
         key = message.adapter
         fetch = self._fetches.get(key)
         if fetch is None:
+            reason = self._failures.find(key, now)
+            if reason is not None:
+                self._fail(key, (now,), reason)
+                return
             known = self._current.get(key)
             fetch = self._fetches[key] = _Fetch(known)
             if known is not None:
@@ -146,7 +157,7 @@ class Core:
                 f"{self._space.capacity})"
             )
             self._actions.append(Discard(key))
-            self.failed(key, failure(key, error))
+            self._end(key, failure(key, error))
         else:
             self._waiting.append(key)
         self._place_waiting()
@@ -166,15 +177,11 @@ class Core:
         self._give_back(offset)
         self._place_waiting()
 
-    def failed(self, key: AdapterKey, reason: Failure) -> None:
+    def failed(self, key: AdapterKey, reason: Failure, now: float) -> None:
         """The adapter cannot be had; nothing of it is left open."""
-        fetch = self._fetches.pop(key)
-        self._give_back_known(fetch)
-        if fetch.offset is not None:
-            self._space.release(fetch.offset)
-            self._space.free(fetch.offset)
-        self._fail(key, fetch.deadlines, reason)
-        self._place_waiting()
+        if key.source != "local":  # a folder is looked at in no time, and mended by its owner
+            self._failures.add(key, reason, now)
+        self._end(key, reason)
 
     def expire(self, now: float) -> None:
         """Fail the loads whose time is over. A fetch goes on; it may serve later loads."""
@@ -205,6 +212,15 @@ class Core:
     def take_outbox(self) -> list[AdapterStaged | AdapterFailed]:
         outbox, self._outbox = self._outbox, []
         return outbox
+
+    def _end(self, key: AdapterKey, reason: Failure) -> None:
+        fetch = self._fetches.pop(key)
+        self._give_back_known(fetch)
+        if fetch.offset is not None:
+            self._space.release(fetch.offset)
+            self._space.free(fetch.offset)
+        self._fail(key, fetch.deadlines, reason)
+        self._place_waiting()
 
     def _answer(self, fetch: _Fetch, offset: int) -> None:
         """Lease the extent to each load that waits."""

@@ -2,16 +2,17 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
 
+from frontend.adapter_ids import http_id, hub_id, pbase_id, s3_id, source_of_url
 from frontend.parameters import ParameterError
 from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local
+from pipeline.config import SOURCES
 from pipeline.messages import AdapterKey
 
-SOURCES = ("local", "hub")
 MAX_TOKEN_CHARACTERS = 4096
 MAX_USED = 4096  # adapters that UsedAdapters remembers
 SCOPE_BYTES = 16
@@ -30,6 +31,13 @@ class UnknownSource(ParameterError):
         )
 
 
+class SourceOff(ParameterError):
+    """Adapters may come from there, at other servers."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__("adapter_source", f"Source '{source}' is not turned on at this server")
+
+
 class Wanted(msgspec.Struct, frozen=True):
     """An adapter, and the secret that its source may want to see."""
 
@@ -41,12 +49,22 @@ class AdapterNames:
     """Turns the names that clients use into keys.
 
     base_model      the id that means the base model, as "" does
-    default_source  local, hub, or auto: local if a root holds it, else hub
+    default_source  one of the sources, or auto: what the scheme of a URL says (s3://, https://,
+                    http://, pb://), else local if a root holds it, else hub
+    sources         those that are on
     roots           folders that hold the adapters of source local
     """
 
-    def __init__(self, *, base_model: str, default_source: str, roots: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        *,
+        base_model: str,
+        default_source: str,
+        sources: Collection[str],
+        roots: Sequence[Path],
+    ) -> None:
         self._base_model = base_model
+        self._sources = sources
         self._default_source = default_source
         self._roots = roots
 
@@ -68,17 +86,35 @@ class AdapterNames:
         source = source or self._source_of(name)
         if source not in SOURCES:
             raise UnknownSource(source, name)
-        if source == "local":
-            return Wanted(AdapterKey("local", name), None)
-        repository, at, revision = name.partition("@")
-        if not repository or (at and not revision):
-            raise ParameterError(parameter, f"`{parameter}` must be an id, or id@revision")
-        return Wanted(AdapterKey("hub", repository, revision, scope_of(token)), token)
+        if source not in self._sources:
+            raise SourceOff(source)
+        try:
+            return _wanted(source, name, token)
+        except ValueError as error:
+            raise ParameterError(parameter, f"`{parameter}` {error}") from error
 
     def _source_of(self, name: str) -> str:
+        said = source_of_url(name)
+        if said is not None:
+            return said
         if self._default_source != "auto":
             return self._default_source
         return "local" if find_local(self._roots, name) is not None else "hub"
+
+
+def _wanted(source: str, name: str, token: str | None) -> Wanted:
+    """Raises ValueError for what cannot be an id. A token goes only where it is of use."""
+    match source:
+        case "local":
+            return Wanted(AdapterKey(source, name), None)
+        case "s3":
+            return Wanted(AdapterKey(source, s3_id(name)), None)
+        case "hub":
+            name, revision = hub_id(name)
+        case _:
+            name = pbase_id(name) if source == "pbase" else http_id(name)
+            revision = ""
+    return Wanted(AdapterKey(source, name, revision, scope_of(token)), token)
 
 
 def source_token(given: str | None, authorization: str | None) -> str | None:

@@ -73,6 +73,7 @@ def _dialects(settings: Settings, processes: Processes) -> tuple[OpenAI, Lorax]:
     adapters = AdapterNames(
         base_model=settings.model_id,
         default_source=settings.default_adapter_source,
+        sources=settings.adapter_sources(),
         roots=settings.adapter_roots(),
     )
     openai = OpenAI(

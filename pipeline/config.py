@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
 NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -40,14 +41,53 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(description="folder that holds adapters of source local; may be repeated"),
     ] = (str(EXAMPLES),) if EXAMPLES.is_dir() else ()
     default_adapter_source: Annotated[
-        Literal["auto", "local", "hub"],
+        Literal["auto", "local", "hub", "s3", "pbase", "http"],
         Meta(description="source of an adapter that names none; auto: local if it is there"),
     ] = "auto"
     share_hub_token: Annotated[
         bool, Meta(description="let requests without a token use the server's HF_TOKEN")
     ] = False
+    s3_bucket: Annotated[
+        tuple[str, ...],
+        Meta(description="bucket that adapters of source s3 may come from; may be repeated"),
+    ] = ()
+    s3_endpoint: Annotated[
+        str, Meta(description="URL of an S3 server; empty: AWS, or what its environment says")
+    ] = ""
+    pbase_gateway: Annotated[
+        str, Meta(description="URL of the Predibase gateway; source pbase is off when empty")
+    ] = ""
+    pbase_bucket: Annotated[
+        str, Meta(description="bucket that holds the adapters of source pbase")
+    ] = ""
+    http_host: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="host[:port], or http://host[:port], that adapters of source http may "
+            "come from; may be repeated"
+        ),
+    ] = ()
+    source_connect_seconds: Annotated[
+        float, Meta(gt=0, description="time to connect to a source of adapters, seconds")
+    ] = 10.0
+    source_stall_seconds: Annotated[
+        float, Meta(gt=0, description="time without a byte that ends a download, seconds")
+    ] = 15.0
+    source_tries: Annotated[
+        int, Meta(ge=1, le=20, description="tries of what may go well when it is tried again")
+    ] = 4
+    failed_load_seconds: Annotated[
+        float, Meta(ge=0, description="time a remote adapter's failure is remembered, seconds")
+    ] = 10.0
+    disk_cache_bytes: Annotated[
+        int, Meta(ge=0, description="disk for downloaded adapters, the hub's aside, bytes")
+    ] = 64 << 30
     cache: Annotated[
-        str, Meta(description="folder for the default model; found from XDG_CACHE_HOME when empty")
+        str,
+        Meta(
+            description="folder for the default model and downloaded adapters; "
+            "found from XDG_CACHE_HOME when empty"
+        ),
     ] = ""
     load_format: Annotated[
         Literal["auto", "dummy"],
@@ -176,6 +216,15 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def adapter_roots(self) -> tuple[Path, ...]:
         return tuple(Path(root).resolve() for root in self.adapter_root)
 
+    def adapter_sources(self) -> tuple[str, ...]:
+        """The sources that are on."""
+        needed = {
+            "s3": self.s3_bucket,
+            "pbase": self.pbase_gateway and self.pbase_bucket,
+            "http": self.http_host,
+        }
+        return tuple(source for source in SOURCES if needed.get(source, True))
+
 
 FIELDS = {field.name: field for field in msgspec.structs.fields(Settings)}
 
@@ -196,12 +245,20 @@ def load_settings(
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(error)) from error
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    """What no field says alone. Raises ConfigError."""
     if 0 < settings.step_tokens < settings.rows:
         raise ConfigError(
             f"step_tokens: {settings.step_tokens} is less than rows ({settings.rows}), "
             "so that not every sequence could run in a step"
         )
-    return settings
+    source = settings.default_adapter_source
+    if source not in ("auto", *settings.adapter_sources()):
+        raise ConfigError(f"default_adapter_source: source {source} is off")
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
@@ -210,7 +267,7 @@ def to_environment(settings: Settings) -> dict[str, str]:
     for name, field in FIELDS.items():
         value = getattr(settings, name)
         if value != field.default:
-            text = os.pathsep.join(value) if isinstance(value, tuple) else str(value)
+            text = _separator(name).join(value) if isinstance(value, tuple) else str(value)
             variables[PREFIX + name.upper()] = text
     return variables
 
@@ -240,11 +297,16 @@ def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         name = variable.removeprefix(PREFIX).lower()
         if name not in FIELDS:
             raise ConfigError(f"{variable}: there is no setting `{name}`")
-        if name == "adapter_root":
-            values[name] = [root for root in text.split(os.pathsep) if root]
+        if isinstance(FIELDS[name].default, tuple):
+            values[name] = [part for part in text.split(_separator(name)) if part]
         else:
             values[name] = text
     return values
+
+
+def _separator(name: str) -> str:
+    """What separates several values in one variable: folders are written as in PATH."""
+    return os.pathsep if name == "adapter_root" else ","
 
 
 def _sentence(error: msgspec.ValidationError) -> str:

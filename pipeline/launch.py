@@ -113,7 +113,13 @@ def _add_flag(
     if kind is bool:
         parser.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
     elif typing.get_origin(kind) is tuple:
-        parser.add_argument(flag, dest=name, action="append", metavar="DIR", help=text)
+        parser.add_argument(
+            flag,
+            dest=name,
+            action="append",
+            metavar="DIR" if name == "adapter_root" else "NAME",
+            help=text,
+        )
     elif typing.get_origin(kind) is typing.Literal:
         choices = [str(choice) for choice in typing.get_args(kind)]
         parser.add_argument(flag, dest=name, choices=choices, help=text)

@@ -24,5 +24,5 @@ def set_up_logs(process: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(process))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "huggingface_hub"):
+    for noisy in ("httpx", "httpcore", "urllib3", "botocore", "filelock", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

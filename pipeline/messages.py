@@ -59,7 +59,7 @@ class AdapterKey(Value, frozen=True, order=True):
     tenants' views of a private adapter are two adapters.
     """
 
-    source: str  # "local" or "hub"
+    source: str  # of pipeline.config.SOURCES
     id: str
     revision: str = ""
     scope: str = ""

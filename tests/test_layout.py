@@ -27,6 +27,7 @@ ALLOWED = {
         "triton",
     },
     "adapter_loader": {
+        "botocore",
         "gguf",
         "huggingface_hub",
         "msgspec",
@@ -48,7 +49,9 @@ PURE = (
     "tokenizer_workers/token_table.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
+    "adapter_loader/recent_failures.py",
     "frontend/streams.py",
+    "frontend/adapter_ids.py",
     "frontend/admission.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",

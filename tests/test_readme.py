@@ -16,6 +16,6 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     assert list(rows) == list(FIELDS)
     for name, field in FIELDS.items():
         if name != "adapter_root":  # its default depends on where the project lies
-            default = str(field.default)
+            default = "" if field.default == () else str(field.default)
             default = default.lower() if isinstance(field.default, bool) else default
             assert rows[name] == (default or "empty"), name

@@ -54,6 +54,13 @@ class Source(Protocol):
         """
         ...
 
+    def lane(self, key: AdapterKey) -> str:
+        """What this fetch shares threads with, and may wait for: its source, or one server of it.
+
+        There are few: the server makes threads for each.
+        """
+        ...
+
 
 def open_files(
     folder: Path, max_adapter_bytes: int, roots: Sequence[Path] | None = None

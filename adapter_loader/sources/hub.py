@@ -78,6 +78,10 @@ class HubSource:
         self._cache = cache
         self._offline = offline
 
+    def lane(self, key: AdapterKey) -> str:
+        """See Source."""
+        return key.source
+
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         revision = key.revision or constants.DEFAULT_REVISION
         if not _REVISION.fullmatch(revision):

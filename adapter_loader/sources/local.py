@@ -16,6 +16,10 @@ class LocalSource:
         self._roots = tuple(roots)
         self._max_adapter_bytes = max_adapter_bytes
 
+    def lane(self, key: AdapterKey) -> str:
+        """See Source."""
+        return key.source
+
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         folder = None if key.revision else find_local(self._roots, key.id)
         if folder is None:

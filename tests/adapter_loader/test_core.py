@@ -76,6 +76,32 @@ def test_a_token_does_not_show_in_the_text_of_an_action() -> None:
     assert "secret" not in repr(StartFetch(key("a"), "secret", None))
 
 
+def test_a_remote_failure_is_remembered_for_a_short_time_and_for_its_tenant_alone() -> None:
+    loader = Core(arena_bytes=PAGE, load_seconds=10, remember_seconds=5)
+    mine, theirs = (AdapterKey("http", "https://h/x", scope=scope) for scope in ("me", "them"))
+    loader.load(LoadAdapter(mine), 0)
+    loader.take_actions()
+    loader.failed(mine, BROKEN, 1)
+    loader.load(LoadAdapter(mine), 5)
+    assert loader.take_actions() == []
+    assert failures(loader) == [BROKEN, BROKEN]
+    loader.load(LoadAdapter(theirs), 5)
+    loader.load(LoadAdapter(mine), 6)
+    assert loader.take_actions() == [StartFetch(theirs, None, None), StartFetch(mine, None, None)]
+    loader.fetched(mine, (1,), PAGE, b"ranks")
+    loader.packed(mine, "content")
+    loader.load(LoadAdapter(mine), 6)
+    assert StartFetch(mine, None, (1,)) in loader.take_actions()
+
+
+def test_a_local_failure_is_not_remembered() -> None:
+    loader = Core(arena_bytes=PAGE, load_seconds=10, remember_seconds=5)
+    for _ in range(2):
+        load(loader)
+        assert loader.take_actions() == [StartFetch(key("a"), None, None)]
+        loader.failed(key("a"), BROKEN, 0)
+
+
 def test_loads_of_one_key_share_a_fetch_and_get_a_lease_each() -> None:
     loader = core()
     load(loader)
@@ -181,7 +207,7 @@ def test_a_failed_fetch_fails_all_its_loads_and_no_other() -> None:
     loader = core()
     for name in ("a", "b", "a"):
         load(loader, name)
-    loader.failed(key("a"), BROKEN)
+    loader.failed(key("a"), BROKEN, 0)
     assert failures(loader) == [BROKEN, BROKEN]
     fetched(loader, "b")
     loader.packed(key("b"), "b (1,)")
@@ -194,7 +220,7 @@ def test_a_failed_pack_gives_its_room_to_what_waits() -> None:
         load(loader, name)
         fetched(loader, name)
     loader.take_actions()
-    loader.failed(key("a"), BROKEN)
+    loader.failed(key("a"), BROKEN, 0)
     assert loader.take_actions() == [StartPack(key("b"), 0, PAGE)]
 
 
@@ -202,7 +228,7 @@ def test_a_failed_check_leaves_what_is_staged() -> None:
     loader = core()
     stage(loader, "a")
     load(loader)
-    loader.failed(key("a"), BROKEN)
+    loader.failed(key("a"), BROKEN, 0)
     assert failures(loader) == [BROKEN]
     assert release(loader, "a", 0)
     assert loader.staged == 1
@@ -211,7 +237,7 @@ def test_a_failed_check_leaves_what_is_staged() -> None:
 def test_a_load_after_a_failure_is_fetched_anew() -> None:
     loader = core()
     load(loader)
-    loader.failed(key("a"), BROKEN)
+    loader.failed(key("a"), BROKEN, 0)
     loader.take_actions()
     load(loader)
     assert loader.take_actions() == [StartFetch(key("a"), None, None)]
@@ -347,7 +373,7 @@ class AnyOrder(RuleBasedStateMachine):
         known = self.fetching.pop(name)
         identity = (self.version[name],)
         if fails:
-            self.core.failed(key(name), BROKEN)
+            self.core.failed(key(name), BROKEN, 0)
         elif identity == known:
             self.core.unchanged(key(name))
         else:
@@ -361,7 +387,7 @@ class AnyOrder(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.packing)))
         del self.packing[name]
         if fails:
-            self.core.failed(key(name), BROKEN)
+            self.core.failed(key(name), BROKEN, 0)
         else:
             self.core.packed(key(name), "content")
         self.settle()

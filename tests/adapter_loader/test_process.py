@@ -38,6 +38,7 @@ from tests.adapter_loader.adapters import (
     make_adapter,
     unpacked,
 )
+from tests.adapter_loader.web_server import Served, web_server
 
 M = TypeVar("M", bound=Message)
 ARENA_BYTES = 1 << 20
@@ -237,6 +238,40 @@ def test_a_silent_hub_holds_up_neither_local_adapters_nor_the_end(
     left = sorted(path.name for path in running.run_dir.iterdir())
     assert left == ["frontend.0.sock", "scheduler.0.sock"]
     assert "Traceback" not in running.log.read_text()
+
+
+def test_a_stalled_web_server_holds_up_no_other(
+    start: Callable[..., Running], good_adapter: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, web_server() as good:
+        for path in good_adapter.iterdir():
+            good.files[f"/x/{path.name}"] = Served(path.read_bytes())
+        stalled = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        running = start(
+            good_adapter.parent,
+            loader_threads=1,
+            adapter_load_seconds=2,
+            http_host=f"{stalled},{good.url}",
+        )
+        for name in ("a", "b"):
+            running.load(f"{stalled}/{name}", source="http")
+        running.load(f"{good.url}/x", source="http")
+        assert running.receive(AdapterStaged).adapter.id == f"{good.url}/x"
+        failed = [running.receive(AdapterFailed).failure for _ in range(2)]
+        assert [failure.status for failure in failed] == [503, 503]
+        assert running.shut_down() == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("http_host", "ftp://x"), ("http_host", "host/path"), ("pbase_gateway", "https://alone")],
+)
+def test_a_source_that_cannot_be_set_up_ends_it_with_a_sentence(
+    start: Callable[..., Running], tmp_path: Path, setting: str, value: str
+) -> None:
+    running = start(tmp_path, **{setting: value})
+    assert running.process.wait(WAIT_SECONDS) == 2
+    assert f"loradex: {setting}: " in running.log.read_text()
 
 
 def test_a_setting_that_cannot_be_met_ends_it_with_a_sentence(

@@ -1,5 +1,6 @@
 """Which adapter a name means, and whose secret goes where."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from frontend.adapters import (
     MAX_USED,
     AdapterNames,
+    SourceOff,
     UnknownSource,
     UsedAdapters,
     Wanted,
@@ -14,6 +16,7 @@ from frontend.adapters import (
     source_token,
 )
 from frontend.parameters import ParameterError
+from pipeline.config import SOURCES
 from pipeline.messages import AdapterKey
 from tests.frontend.fakes import BASE, make_adapter
 
@@ -32,8 +35,9 @@ def find(
     source: str | None = None,
     token: str | None = None,
     default: str = "auto",
+    sources: Sequence[str] = SOURCES,
 ) -> Wanted | None:
-    names = AdapterNames(base_model=BASE, default_source=default, roots=(root,))
+    names = AdapterNames(base_model=BASE, default_source=default, sources=sources, roots=(root,))
     return names.find(name, source=source, token=token, parameter="model")
 
 
@@ -73,8 +77,63 @@ def test_what_cannot_be_an_id_is_refused(root: Path, name: str) -> None:
 
 
 def test_another_source_is_refused_in_loraxs_words(root: Path) -> None:
-    with pytest.raises(UnknownSource, match="Invalid source 's3' when downloading adapter 'x'"):
-        find(root, "x", source="s3")
+    with pytest.raises(UnknownSource, match="Invalid source 'moon' when downloading adapter 'x'"):
+        find(root, "x", source="moon")
+
+
+@pytest.mark.parametrize("source", ["s3", "pbase", "http"])
+def test_a_source_that_is_off_is_refused(root: Path, source: str) -> None:
+    with pytest.raises(SourceOff, match=f"'{source}' is not turned on") as refused:
+        find(root, "a/b", source=source, sources=("local", "hub"))
+    assert 400 <= refused.value.status < 500
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "id"),
+    [
+        ("s3", "bucket/some/prefix/", "s3://bucket/some/prefix"),
+        (None, "s3://bucket/some/prefix", "s3://bucket/some/prefix"),
+        (None, "https://Host.org:443/a/b/", "https://host.org/a/b"),
+        (None, "http://[::1]:8000/a.tar.gz", "http://[::1]:8000/a.tar.gz"),
+        (None, "pb://repo/3", "pb://repo/3"),
+        ("pbase", "repo", "pb://repo"),
+    ],
+)
+def test_an_adapter_has_one_id_however_it_is_written(
+    root: Path, source: str | None, name: str, id: str
+) -> None:
+    wanted = find(root, name, source=source, token="secret")
+    assert wanted is not None
+    assert wanted.key.id == id
+    assert find(root, id, token="secret") == wanted, "what is shown of a key can be asked for"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("s3", "bucket"),
+        ("s3", "s3://bucket/"),
+        ("s3", "/prefix"),
+        ("pbase", "a/b/c"),
+        ("pbase", "a/"),
+        ("http", "ftp://host/x"),
+        ("http", "host/x"),
+        ("http", "https://user:secret@host/x"),
+        ("http", "https://host/x?signature=secret"),
+        ("http", "https://host/x#part"),
+        ("http", "https://host:99999/x"),
+        ("http", "https://[::1/x"),
+    ],
+)
+def test_what_is_no_id_of_its_source_is_refused(root: Path, source: str, name: str) -> None:
+    with pytest.raises(ParameterError) as refused:
+        find(root, name, source=source)
+    assert refused.value.parameter == "model"
+    assert "secret" not in refused.value.message
+
+
+def test_the_credentials_of_s3_are_the_servers_and_a_request_token_stays_here(root: Path) -> None:
+    assert find(root, "b/p", source="s3", token="t") == Wanted(AdapterKey("s3", "s3://b/p"), None)
 
 
 def test_a_token_is_for_the_hub_and_makes_another_adapter(root: Path) -> None:

@@ -12,7 +12,9 @@ from tests.frontend.fakes import BASE, call_of, events, json_of, refusal_of
 
 ROUTES = Lorax(
     base_model=BASE,
-    adapters=AdapterNames(base_model=BASE, default_source="auto", roots=()),
+    adapters=AdapterNames(
+        base_model=BASE, default_source="auto", sources=("local", "hub"), roots=()
+    ),
     max_stop_sequences=4,
     compute_type=lambda: "cpu+optimized",
 )
@@ -199,11 +201,11 @@ def test_a_stream_has_sentences_of_its_own(parameters: dict[str, Any], sentence:
 
 
 def test_another_source_fails_as_a_download_does() -> None:
-    refusal = refusal_of(ROUTES.generate(body(adapter_id="x", adapter_source="s3"), None))
+    refusal = refusal_of(ROUTES.generate(body(adapter_id="x", adapter_source="moon"), None))
     assert refusal.status == 424
     assert json_of(refusal) == {
         "error": "Request failed during generation: Server error: "
-        "Invalid source 's3' when downloading adapter 'x'",
+        "Invalid source 'moon' when downloading adapter 'x'",
         "error_type": "generation",
     }
 

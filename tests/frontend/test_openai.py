@@ -14,7 +14,9 @@ from tests.frontend.fakes import BASE, call_of, end, json_of, make_adapter, piec
 
 ROUTES = OpenAI(
     base_model=BASE,
-    adapters=AdapterNames(base_model=BASE, default_source="auto", roots=()),
+    adapters=AdapterNames(
+        base_model=BASE, default_source="auto", sources=("local", "hub"), roots=()
+    ),
     max_stop_sequences=4,
 )
 
@@ -130,7 +132,9 @@ def test_the_bearer_token_is_shown_to_the_adapters_source() -> None:
 
 def test_a_local_adapter_is_found(tmp_path: Path) -> None:
     make_adapter(tmp_path, "here")
-    names = AdapterNames(base_model=BASE, default_source="auto", roots=(tmp_path,))
+    names = AdapterNames(
+        base_model=BASE, default_source="auto", sources=("local", "hub"), roots=(tmp_path,)
+    )
     routes = OpenAI(base_model=BASE, adapters=names, max_stop_sequences=4)
     prompt = call_of(routes.chat(chat(model="here"), None)).prompt
     assert prompt.adapter == AdapterKey("local", "here")
@@ -225,6 +229,7 @@ def test_what_a_completion_does_not_honour_is_refused_by_name(field: str, value:
         ("model", None),
         ("model", 5),
         ("model", "a\nb"),
+        ("adapter_source", "moon"),
         ("adapter_source", "s3"),
         ("api_token", "a\nb"),
     ],

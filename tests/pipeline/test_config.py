@@ -130,6 +130,8 @@ def other_value(name: str) -> Any:
         return not default
     if isinstance(default, str):
         return default + "x"
+    if isinstance(default, tuple):
+        return ("one", "http://two:3")
     return default + 1
 
 
@@ -167,3 +169,23 @@ def test_the_run_folder_is_private_to_user_and_port_unless_it_is_named(
 def test_every_setting_has_a_description() -> None:
     descriptions = [str(field.type) for field in FIELDS.values()]
     assert all("description=" in text for text in descriptions)
+
+
+def test_several_values_in_one_variable_are_separated_so_that_urls_stay_whole() -> None:
+    variables = {
+        "LORADEX_HTTP_HOST": "models.org,http://10.0.0.1:8000",
+        "LORADEX_S3_BUCKET": "a,b",
+        "LORADEX_ADAPTER_ROOT": os.pathsep.join(["/a", "/b"]),
+    }
+    settings = load_settings({}, variables)
+    assert settings.http_host == ("models.org", "http://10.0.0.1:8000")
+    assert settings.s3_bucket == ("a", "b")
+    assert to_environment(settings) == variables
+
+
+def test_the_sources_that_are_on_are_those_that_have_what_they_need() -> None:
+    assert load_settings({}, {}).adapter_sources() == ("local", "hub")
+    flags = {"s3_bucket": ["b"], "http_host": ["h"], "pbase_gateway": "g", "pbase_bucket": "b"}
+    assert load_settings(flags, {}).adapter_sources() == ("local", "hub", "s3", "pbase", "http")
+    assert "pbase" not in load_settings({"pbase_gateway": "g"}, {}).adapter_sources()
+    assert "source s3 is off" in sentence({"default_adapter_source": "s3"}, {})

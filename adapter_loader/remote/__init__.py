@@ -1,0 +1,1 @@
+"""Files that lie on other machines: asked for, downloaded, and kept on disk."""

@@ -1,0 +1,149 @@
+"""The disk cache: what stays, what goes, and who may not be disturbed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from adapter_loader.remote.disk_cache import DiskCache
+from adapter_loader.remote.retries import Interrupted
+from adapter_loader.sources import AdapterFiles
+from pipeline.errors import RequestError
+from tests.adapter_loader.adapters import CONFIG, WEIGHTS
+
+MAX_BYTES = 1000
+
+
+def cache(folder: Path) -> DiskCache:
+    return DiskCache(folder=folder, max_bytes=MAX_BYTES)
+
+
+def add(kept: DiskCache, name: str, nbytes: int = 400, used: float = 0) -> None:
+    with kept.filling(name) as folder:
+        kept.reserve(folder, nbytes)
+        (folder / CONFIG).write_bytes(b"{}")
+        (folder / WEIGHTS).write_bytes(bytes(nbytes - 2))
+        kept.publish(folder, name)
+    path = next(path for path in folder.parent.parent.glob(f"entries/{name}"))
+    os.utime(path, (used, used))
+
+
+def opened(kept: DiskCache, name: str) -> AdapterFiles | None:
+    return kept.open(name, MAX_BYTES)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "entries").iterdir()}
+
+
+def test_an_entry_is_there_once_it_is_published(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    assert opened(kept, "a") is None
+    add(kept, "a")
+    files = opened(kept, "a")
+    assert files is not None
+    assert files.weights_bytes == 398
+    files.close()
+
+
+def test_being_used_does_not_change_the_identity(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    add(kept, "a")
+    first, second = opened(kept, "a"), opened(cache(tmp_path), "a")
+    assert first is not None
+    assert second is not None
+    assert first.identity == second.identity
+    first.close()
+    second.close()
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    add(kept, "a", used=1)
+    add(kept, "b", used=2)
+    files = opened(kept, "a")  # used now
+    assert files is not None
+    files.close()
+    add(kept, "c", used=3)
+    assert names(tmp_path) == {"a", "c"}
+
+
+def test_what_is_being_read_stays_also_in_another_process(tmp_path: Path) -> None:
+    kept, other = cache(tmp_path), cache(tmp_path)
+    add(kept, "a", used=1)
+    add(kept, "b", used=2)
+    files = opened(kept, "a")
+    assert files is not None
+    os.utime(tmp_path / "entries" / "a", (0, 0))
+    add(other, "c")
+    assert names(tmp_path) == {"a", "c"}
+    files.close()
+    add(other, "d")
+    assert "a" not in names(tmp_path)
+
+
+def test_without_room_there_is_a_sentence_and_nothing_is_lost(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    add(kept, "a", 600)
+    files = opened(kept, "a")
+    assert files is not None
+    with kept.filling("b") as folder:
+        with pytest.raises(RequestError, match="no room for its 500 bytes") as caught:
+            kept.reserve(folder, 500)
+        assert caught.value.status == 503
+        with pytest.raises(RequestError, match="disk_cache_bytes") as caught:
+            kept.reserve(folder, MAX_BYTES + 1)
+        assert caught.value.status == 422
+    files.close()
+    assert names(tmp_path) == {"a"}
+
+
+def test_downloads_under_way_share_the_room(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    with kept.filling("a") as a:
+        kept.reserve(a, 600)
+        with kept.filling("b") as b:
+            with pytest.raises(RequestError, match="no room"):
+                kept.reserve(b, 500)
+            kept.reserve(b, 400)
+    with kept.filling("c") as c:
+        kept.reserve(c, MAX_BYTES)
+
+
+def test_a_part_is_kept_until_its_room_is_needed(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    with kept.filling("a") as folder:
+        kept.reserve(folder, 600)
+        (folder / WEIGHTS).write_bytes(bytes(300))
+    with cache(tmp_path).filling("a") as again:
+        assert (again / WEIGHTS).stat().st_size == 300
+    add(kept, "b", 900)
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+def test_two_who_fill_the_same_entry_do_not_write_into_one_another(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    with kept.filling("a") as first:
+        add(cache(tmp_path), "a")
+        (first / WEIGHTS).write_bytes(b"late")
+        kept.publish(first, "a")
+    assert (tmp_path / "entries" / "a" / WEIGHTS).stat().st_size == 398
+    assert list((tmp_path / "partial").iterdir()) == []
+
+
+def test_an_entry_that_goes_away_in_this_moment_is_to_be_asked_for_again(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    add(kept, "a")
+    (tmp_path / "entries" / "a" / WEIGHTS).unlink()
+    (tmp_path / "entries" / "a" / CONFIG).unlink()
+    with pytest.raises(Interrupted):
+        opened(kept, "a")
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with (
+        pytest.raises(RequestError, match="could not be stored"),
+        cache(tmp_path / "file").filling("a"),
+    ):
+        raise AssertionError("there is no folder")
