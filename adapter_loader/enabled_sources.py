@@ -30,6 +30,7 @@ def enabled_sources(settings: Settings) -> dict[str, Source]:
             token_caches=caches / "adapters",
             max_adapter_bytes=settings.max_adapter_bytes,
             share_token=settings.share_hub_token,
+            retries=retries,
         ),
     }
     limits = Limits(settings.source_connect_seconds, settings.source_stall_seconds)

@@ -35,6 +35,8 @@ from huggingface_hub.errors import (
 )
 
 from adapter_loader.refusals import forbidden, invalid, not_found, unavailable
+from adapter_loader.remote.http_client import LATER
+from adapter_loader.remote.retries import Interrupted, Retries
 from adapter_loader.sources import (
     PICKLE_FILE,
     PICKLE_ONLY,
@@ -59,6 +61,7 @@ class HubSource:
 
     token_caches  folder for the caches of tokens
     share_token   let requests without a token use the server's own
+    retries       how often a hub that fails is asked
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class HubSource:
         token_caches: Path,
         max_adapter_bytes: int,
         share_token: bool,
+        retries: Retries,
         endpoint: str = constants.ENDPOINT,
         cache: Path = Path(constants.HF_HUB_CACHE),
         offline: bool = constants.HF_HUB_OFFLINE,
@@ -74,6 +78,7 @@ class HubSource:
         self._token_caches = token_caches
         self._max_adapter_bytes = max_adapter_bytes
         self._share_token = share_token
+        self._retries = retries
         self._endpoint = endpoint
         self._cache = cache
         self._offline = offline
@@ -91,7 +96,10 @@ class HubSource:
         if self._offline:
             folder = _translated(lambda: self._find_offline(key.id, revision, token))
         else:
-            folder = _translated(lambda: self._find(key.id, revision, token))
+            folder = self._retries.run(
+                lambda: _translated(lambda: self._find(key.id, revision, token)),
+                self._retries.deadline(),
+            )
         try:
             return open_files(folder, self._max_adapter_bytes)
         except FileNotFoundError as error:  # somebody cleared the cache
@@ -168,7 +176,7 @@ class HubSource:
 
 
 def _translated(find: Callable[[], T]) -> T:
-    """Call `find`, and turn what the hub's client raises into a RequestError."""
+    """Call `find`, and turn what the hub's client raises into a RequestError or Interrupted."""
     try:
         return find()
     except HFValidationError as error:
@@ -184,15 +192,18 @@ def _translated(find: Callable[[], T]) -> T:
     except RevisionNotFoundError as error:
         raise not_found("the hub's repository has no such revision") from error
     except LocalEntryNotFoundError as error:
-        raise unavailable("the hub cannot be reached") from error
+        raise Interrupted("the hub cannot be reached") from error
     except EntryNotFoundError as error:
         raise invalid(f"has no {CONFIG_FILE}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
             raise forbidden(f"the hub does not let it be read (status {status})") from error
-        raise unavailable(f"the hub answered with status {status}") from error
-    except (_TransportError, OfflineModeIsEnabled) as error:
+        reason = f"the hub answered with status {status}"
+        raise (Interrupted if status in LATER or status >= 500 else unavailable)(reason) from error
+    except OfflineModeIsEnabled as error:
         raise unavailable("the hub cannot be reached") from error
+    except _TransportError as error:
+        raise Interrupted("the hub cannot be reached") from error
     except OSError as error:
         raise unavailable(f"it could not be stored ({error.strerror})") from error

@@ -10,6 +10,7 @@ import pytest
 
 from adapter_loader.checkpoint import BaseModel
 from adapter_loader.loading import Unchanged, fetch_and_check
+from adapter_loader.remote.retries import Retries
 from adapter_loader.sources.hub import HubSource
 from adapter_loader.sources.local import LocalSource
 from pipeline.errors import RequestError
@@ -18,6 +19,7 @@ from tests.adapter_loader.adapters import CONFIG, WEIGHTS, change_config
 from tests.adapter_loader.fake_hub import FakeHub, Repository, fake_hub
 
 MAX_BYTES = 1 << 20
+TRIES = 3
 X = AdapterKey("local", "x")
 
 
@@ -112,6 +114,7 @@ def source_of(hub: FakeHub, tmp_path: Path) -> Callable[..., HubSource]:
             token_caches=tmp_path / "tokens",
             max_adapter_bytes=MAX_BYTES,
             share_token=share_token,
+            retries=Retries(tries=TRIES, seconds=60, sleep=lambda seconds: None),
             endpoint=hub.endpoint,
             cache=tmp_path / "cache",
             offline=offline,
@@ -259,6 +262,7 @@ def test_a_hub_that_cannot_be_reached_is_not_replaced_by_the_cache(
             token_caches=tmp_path / "tokens",
             max_adapter_bytes=MAX_BYTES,
             share_token=False,
+            retries=Retries(tries=TRIES, seconds=60, sleep=lambda seconds: None),
             endpoint=f"http://127.0.0.1:{unused.getsockname()[1]}",
             cache=tmp_path / "cache",
             offline=False,
@@ -267,19 +271,20 @@ def test_a_hub_that_cannot_be_reached_is_not_replaced_by_the_cache(
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"),
+    ("status", "kind", "tries"),
     [
-        (403, FailureKind.ADAPTER_FORBIDDEN),
-        (400, FailureKind.ADAPTER_UNAVAILABLE),
-        (500, FailureKind.ADAPTER_UNAVAILABLE),
-        (503, FailureKind.ADAPTER_UNAVAILABLE),
+        (403, FailureKind.ADAPTER_FORBIDDEN, 1),
+        (400, FailureKind.ADAPTER_UNAVAILABLE, 1),
+        (500, FailureKind.ADAPTER_UNAVAILABLE, TRIES),
+        (503, FailureKind.ADAPTER_UNAVAILABLE, TRIES),
     ],
 )
-def test_what_the_hub_answers_is_told(
-    status: int, kind: FailureKind, hub: FakeHub, source_of: Callable[..., HubSource]
+def test_what_the_hub_answers_is_told_and_what_may_pass_is_tried_again(
+    status: int, kind: FailureKind, tries: int, hub: FakeHub, source_of: Callable[..., HubSource]
 ) -> None:
     hub.status = status
     assert_refused(source_of(), kind, str(status))
+    assert len(hub.requests) == tries
 
 
 def test_what_is_not_on_the_hub_is_not_found(
