@@ -24,6 +24,8 @@ from typing import NamedTuple
 from adapter_loader.refusals import invalid, unavailable
 from adapter_loader.remote.retries import Interrupted
 from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, open_files
+from pipeline.adapter_roots import CONFIG_FILE
+from pipeline.errors import RequestError
 
 
 class _Kept(NamedTuple):
@@ -55,7 +57,12 @@ class DiskCache:
             return None
         try:
             files = open_files(entry, max_adapter_bytes)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, RequestError) as error:
+            whole = all((entry / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
+            if whole and isinstance(error, RequestError):
+                raise
+            if not whole:  # it is being evicted, or somebody removed a part of it by hand
+                shutil.rmtree(entry, ignore_errors=True)
             raise Interrupted("it went away from the disk cache while it was opened") from error
         try:
             fcntl.flock(files.weights, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -110,7 +117,7 @@ class DiskCache:
             for entry in kept:
                 if used <= self._max_bytes and self._fits_the_disk(folder):
                     return
-                if _evict(entry):
+                if self._evict(entry):
                     used -= entry.nbytes
             if used > self._max_bytes or not self._fits_the_disk(folder):
                 del self._reserved[folder]
@@ -137,6 +144,22 @@ class DiskCache:
                         nbytes = _size(folder)
                         yield _Kept(folder.stat().st_mtime, nbytes, folder, folder / name)
 
+    def _evict(self, kept: _Kept) -> bool:
+        """Remove it unless somebody uses it; False if somebody does."""
+        try:
+            lock = _lock(kept.locked)
+            if lock is None:
+                return False
+            try:
+                removed = Path(tempfile.mkdtemp(dir=self._partial))
+                kept.folder.rename(removed)  # at once: an entry is whole or is not
+                shutil.rmtree(removed, ignore_errors=True)
+            finally:
+                os.close(lock)
+        except FileNotFoundError:  # another process was faster
+            return not kept.folder.exists()
+        return True
+
     def _fits_the_disk(self, folder: Path) -> bool:
         """Whether what is still to be written has room on the file system."""
         missing = self._reserved[folder] - _size(folder)
@@ -156,16 +179,3 @@ def _lock(path: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
-
-
-def _evict(kept: _Kept) -> bool:
-    """Remove it unless somebody uses it; False if somebody does."""
-    try:
-        lock = _lock(kept.locked)
-    except FileNotFoundError:
-        return not kept.folder.exists()
-    if lock is None:
-        return False
-    shutil.rmtree(kept.folder, ignore_errors=True)
-    os.close(lock)
-    return True

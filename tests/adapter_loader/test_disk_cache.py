@@ -131,13 +131,18 @@ def test_two_who_fill_the_same_entry_do_not_write_into_one_another(tmp_path: Pat
     assert list((tmp_path / "partial").iterdir()) == []
 
 
-def test_an_entry_that_goes_away_in_this_moment_is_to_be_asked_for_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("removed", [[CONFIG], [WEIGHTS], [CONFIG, WEIGHTS]])
+def test_an_entry_that_lacks_a_part_is_filled_again(removed: list[str], tmp_path: Path) -> None:
     kept = cache(tmp_path)
     add(kept, "a")
-    (tmp_path / "entries" / "a" / WEIGHTS).unlink()
-    (tmp_path / "entries" / "a" / CONFIG).unlink()
+    for name in removed:
+        (tmp_path / "entries" / "a" / name).unlink()
     with pytest.raises(Interrupted):
         opened(kept, "a")
+    add(kept, "a")
+    files = opened(kept, "a")
+    assert files is not None
+    files.close()
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
