@@ -77,8 +77,9 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         row_tokens=parts.row_tokens,
         block_tokens=parts.kv_cache.block_tokens,
     )
+    forward = _forward(parts)
     worker = Worker(
-        forward=_forward(parts),
+        forward=forward,
         adapters=parts.adapters,
         rows=rows,
         history=parts.history,
@@ -86,6 +87,10 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         device=device,
         index=index,
     )
+    if device.type == "cuda":
+        from gpu_worker.build_cuda import make_ready  # Triton is not there on a plain CPU
+
+        make_ready(worker, forward, parts.settings, parts.kv_cache.block_tokens)
     ready = _ready(parts, index)
     facts = _facts(parts, ready)
     log.info("event=worker_ready %s", " ".join(f"{name}={fact}" for name, fact in facts.items()))

@@ -2,10 +2,12 @@
 
 import logging
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gpu_worker import rehearsal
 from gpu_worker.attention import AttentionBackend, PagedBackend
 from gpu_worker.attention.triton_paged import TritonPagedAttention
 from gpu_worker.build import Parts, make_rotary, make_sdpa
@@ -13,6 +15,7 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.cuda_graphs import DecodeGraphs, StaticBatch
 from gpu_worker.forward import EagerForward, Forward, GraphedForward
 from gpu_worker.kernels.adapter_tables import AdapterTables
+from gpu_worker.kernels.compiling import compiling_ahead
 from gpu_worker.kernels.decode_linears import DecodeLinears
 from gpu_worker.kernels.triton_columns import TILE_ROWS
 from gpu_worker.kernels.triton_lora import TritonLora
@@ -20,7 +23,9 @@ from gpu_worker.kernels.triton_plan import TritonKernels, TritonPlan
 from gpu_worker.layers import BaseLinears, LayerOps, Linears
 from gpu_worker.layers.triton_ops import TritonOps
 from gpu_worker.models.decoder import Pass
+from gpu_worker.worker import Worker
 from pipeline.config import Settings
+from pipeline.messages import Step
 from pipeline.model_config import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -111,11 +116,29 @@ def cuda_forward(parts: Parts) -> Forward:
         fits=None if fused is None else fused.holds,
         device=parts.device,
     )
-    started = time.perf_counter()
-    with torch.inference_mode():
-        graphs.capture([False, True])
-    log.info("event=graphs_captured seconds=%.1f", time.perf_counter() - started)
     return GraphedForward(eager=eager, graphs=graphs, adapters=parts.adapters, device=parts.device)
+
+
+def make_ready(worker: Worker, forward: Forward, settings: Settings, block_tokens: int) -> None:
+    """Compile the kernels, use them once, and capture the graphs."""
+    started = time.perf_counter()
+    tokens = min(settings.step_tokens, worker.rows.row_tokens)
+    steps = list(rehearsal.steps(tokens=tokens, block_tokens=block_tokens, rows=settings.rows))
+    graphs = forward.graphs if isinstance(forward, GraphedForward) else None
+    with compiling_ahead():
+        _rehearse(worker, steps, graphs)
+    _rehearse(worker, steps, graphs)
+    if graphs is not None:
+        graphs.capture()
+    log.info("event=kernels_ready seconds=%.1f", time.perf_counter() - started)
+
+
+def _rehearse(worker: Worker, steps: Sequence[Step], graphs: DecodeGraphs | None) -> None:
+    for step in steps:
+        worker.rehearse(step)
+    if graphs is not None:
+        graphs.rehearse()
+    torch.cuda.synchronize()
 
 
 def _paged(parts: Parts) -> PagedBackend | None:

@@ -22,6 +22,7 @@ from gpu_worker.pinned import PinnedRing
 from gpu_worker.rows import RowTable
 
 TILES = 4  # where tiles start in their tensor, behind their count
+FAMILIES = (False, True)  # without LoRA, and with
 STEPS_IN_FLIGHT = 2  # of the scheduler; a staging buffer is filled again after so many others
 
 
@@ -80,14 +81,23 @@ class DecodeGraphs:
         self._sizes = graph_sizes(rows)
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def capture(self, families: Sequence[bool]) -> None:
-        """Make the graphs of these families: False without LoRA, True with."""
+    @torch.inference_mode()
+    def rehearse(self) -> None:
+        """Run what will be captured."""
+        for lora in FAMILIES:
+            for size in reversed(self._sizes):
+                self._stage(np.empty(0, np.int64), np.empty(0, np.int64), size)
+                self._forward(self._batch(size), lora)
+                torch.cuda.synchronize()  # before the staging buffers are filled again
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Make the graphs. What is compiled and allocated once has to be by now: see rehearse."""
         pool = None
-        for lora in families:
+        for lora in FAMILIES:
             for size in reversed(self._sizes):
                 batch = self._batch(size)
                 self._stage(np.empty(0, np.int64), np.empty(0, np.int64), size)
-                self._forward(batch, lora)  # what is compiled and allocated once is, before
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):

@@ -109,17 +109,17 @@ class GraphedForward:
         device: torch.device,
     ) -> None:
         self._eager = eager
-        self._graphs = graphs
+        self.graphs = graphs
         self._adapters = adapters
         self._device = device
 
     def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
-        if not self._graphs.holds(host):
+        if not self.graphs.holds(host):
             return self._eager.run(host, history, started)
         arrivals = self._adapters.arrivals(host.segments)
         if arrivals is not None:
             arrivals.enter_all()
-        logits = self._graphs.run(host, started)
+        logits = self.graphs.run(host, started)
         if (host.sampled[1:] > host.sampled[:-1]).all():
             return logits
         return logits.index_select(0, to_device(host.sampled, self._device))
@@ -128,4 +128,4 @@ class GraphedForward:
         self, rows: RowTable, changed: NDArray[np.int64], blocks: NDArray[np.int64]
     ) -> None:
         self._eager.pages_changed(rows, changed, blocks)
-        self._graphs.pages_changed(rows, changed)
+        self.graphs.pages_changed(rows, changed)

@@ -142,6 +142,14 @@ class Worker:
         return launched
 
     @torch.inference_mode()
+    def rehearse(self, step: Step) -> None:
+        """Run a step that is not counted and whose tokens nobody wants."""
+        self._change(step)
+        if step.decode_rows or step.prefill:
+            host = make_batch(step, self.rows)
+            self._sample(host, self._forward.run(host, self.history, lambda: None))
+
+    @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
         """[sampled, vocabulary] of a batch; its keys and values are in the cache then."""
         return self._forward.run(host, self.history, lambda: None)

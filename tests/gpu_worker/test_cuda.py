@@ -288,3 +288,18 @@ def test_the_device_is_busy_and_idle_by_its_own_clock() -> None:
     assert not second.is_past
     second.wait()
     assert 0.02 < second.seconds_since(first) < 1
+
+
+def test_what_is_compiled_ahead_is_not_launched_and_there_afterwards() -> None:
+    from gpu_worker.kernels.compiling import compiling_ahead
+    from gpu_worker.kernels.triton_ops import silu_mul
+
+    x = torch.randn((3, 2 * 77), device="cuda", dtype=torch.float16)
+    out = torch.zeros((3, 77), device="cuda", dtype=torch.float16)
+    with compiling_ahead():
+        silu_mul(x, out=out)
+    assert not out.any()
+    gate, up = x.float().chunk(2, 1)
+    torch.testing.assert_close(
+        silu_mul(x, out=out).float(), torch.nn.functional.silu(gate) * up, rtol=1e-2, atol=1e-2
+    )
