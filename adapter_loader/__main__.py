@@ -135,13 +135,14 @@ class Loader:
 
     def _start_fetch(self, action: StartFetch) -> None:
         key = action.key
-        source = self._sources.get(key.source)
+        origin = key.parts[0]  # the parts of a merge have one source
+        source = self._sources.get(origin.source)
         if source is None:
-            error = invalid(f"the source {key.source} is not one of {', '.join(self._sources)}")
+            error = invalid(f"the source {origin.source} is not one of {', '.join(self._sources)}")
             self._loop.call_soon(self._on_fetched, key, failure(key, error))
             return
         fetch = partial(fetch_and_check, key, action.token, action.known, source, self._base)
-        lane = source.lane(key)
+        lane = source.lane(origin)
         if lane not in self._fetchers:
             self._fetchers[lane] = Workers(f"fetch-{lane}", self._settings.loader_threads)
         self._fetchers[lane].submit(partial(self._run_job, key, fetch, self._on_fetched))
@@ -169,7 +170,7 @@ class Loader:
             case Checked():
                 self._checked[key] = result
                 plan = result.plan
-                self._core.fetched(key, result.files.identity, plan.nbytes, plan.ranks)
+                self._core.fetched(key, result.identity, plan.placed.nbytes, plan.ranks)
             case Unchanged():
                 self._core.unchanged(key)
             case Failure():

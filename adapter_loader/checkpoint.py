@@ -1,6 +1,6 @@
 """adapter_model.safetensors: checked against the base model, then packed into the arena.
 
-`plan` decides everything from the header, and nothing is written before it has agreed. `pack`
+`check` decides everything from the header, and nothing is written before it has agreed. `pack`
 reads each tensor once, converts it and puts it in its place.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -66,74 +66,114 @@ class BaseModel(msgspec.Struct, frozen=True):
     dtype: str  # the compute dtype, a key of DTYPES
 
 
-class Matrix(msgspec.Struct, frozen=True):
-    """An A [rank, in] or a B [out, rank] on its way from the file to the extent."""
+class LoraModule(msgspec.Struct, frozen=True):
+    """The A [rank, in] and B [out, rank] of one module, in the file, and their scaling."""
 
-    entry: TensorEntry
-    offset: int  # bytes from the extent's start
-    scaling: float  # 1 for an A
-    transposed: bool  # in the extent, as a B is
+    a: TensorEntry
+    b: TensorEntry
+    rank: int
+    scaling: float
+
+
+Modules = Mapping[tuple[int, int], LoraModule]  # by (layer, module)
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """How a checkpoint will be packed. nbytes is the size of the extent."""
+    """How a checkpoint will be packed. placed.nbytes is the size of the extent."""
 
     dtype: str
-    nbytes: int
     ranks: bytes  # int16[layers, modules]
-    matrices: tuple[Matrix, ...]  # in the order of the file
+    placed: AdapterLayout
+    modules: Modules
 
 
-def plan(descriptor: int, file_bytes: int, config: LoraConfig, base: BaseModel) -> Plan:
+def check(descriptor: int, file_bytes: int, config: LoraConfig, base: BaseModel) -> Modules:
     """Check the file's header against config and base model. Raises RequestError."""
     size = header_bytes(os.pread(descriptor, LENGTH_BYTES, 0), file_bytes)
     header = bytearray(size)
     _read(descriptor, memoryview(header), LENGTH_BYTES)
-    entries = parse_header(bytes(header), file_bytes)
-    found = _by_place(entries, base)
-    modules = sorted({(layer, module) for layer, module, _ in found})
-    names = [_module_name(layer, module) for layer, module in modules]
-    rules = dict(zip(modules, config.ranks_and_scalings(names), strict=True))
-    ranks = [0] * (base.layers * len(MODULES))
-    for (layer, module), (rank, _) in rules.items():
-        a = found.get((layer, module, "A"))
-        b = found.get((layer, module, "B"))
+    found = _by_place(parse_header(bytes(header), file_bytes), base)
+    places = sorted({(layer, module) for layer, module, _ in found})
+    rules = config.ranks_and_scalings([module_name(*place) for place in places])
+    modules = {}
+    for place, (rank, scaling) in zip(places, rules, strict=True):
+        a = found.get((*place, "A"))
+        b = found.get((*place, "B"))
         if a is None or b is None:
             side = "lora_B" if b is None else "lora_A"
-            raise invalid(f"module {_module_name(layer, module)} has no {side} weight")
-        _check_shapes(a, b, rank, base.shapes[module], config)
+            raise invalid(f"module {module_name(*place)} has no {side} weight")
+        _check_shapes(a, b, rank, base.shapes[place[1]], config)
+        modules[place] = LoraModule(a, b, rank, scaling)
+    return modules
+
+
+def plan(modules: Modules, base: BaseModel) -> Plan:
+    """Where everything will lie."""
+    ranks, placed = layout_of({place: one.rank for place, one in modules.items()}, base)
+    return Plan(base.dtype, ranks, placed, modules)
+
+
+def layout_of(
+    rank_of: Mapping[tuple[int, int], int], base: BaseModel
+) -> tuple[bytes, AdapterLayout]:
+    """int16[layers, modules] as it travels, and the layout, of the ranks by (layer, module)."""
+    ranks = [0] * (base.layers * len(MODULES))
+    for (layer, module), rank in rank_of.items():
         ranks[layer * len(MODULES) + module] = rank
-    placed = layout(ranks, base.shapes, DTYPES[base.dtype].itemsize)
-    matrices = tuple(_place(place, entry, placed, rules) for place, entry in found.items())
-    return Plan(base.dtype, placed.nbytes, pack_ranks(ranks), matrices)
+    return pack_ranks(ranks), layout(ranks, base.shapes, DTYPES[base.dtype].itemsize)
 
 
 def pack(descriptor: int, plan: Plan, extent: memoryview) -> str:
     """Fill the extent and return a digest of ranks and bytes.
 
-    extent   writable, of plan.nbytes bytes; its content is undefined when this raises
+    extent   writable, of plan.placed.nbytes bytes; its content is undefined when this raises
     raises   RequestError when a value is not finite, or does not fit the compute dtype
     """
-    scratch = bytearray(max(matrix.entry.nbytes for matrix in plan.matrices))
     dtype = DTYPES[plan.dtype]
-    for matrix in plan.matrices:
-        entry = matrix.entry
-        _read(descriptor, memoryview(scratch)[: entry.nbytes], entry.offset)
-        file_dtype = FILE_DTYPES[entry.dtype]
-        elements = entry.nbytes // file_dtype.itemsize
-        source = torch.frombuffer(scratch, dtype=file_dtype, count=elements)
-        target = torch.frombuffer(extent, dtype=dtype, count=elements, offset=matrix.offset)
-        scaled = source if matrix.scaling == 1 else source.float() * matrix.scaling
-        if matrix.transposed:
-            rows, columns = entry.shape
-            target.view(columns, rows).copy_(scaled.view(rows, columns).T)
-        else:
-            target.copy_(scaled)
-        _check_finite(entry, source, target, plan.dtype)
-        _clear_padding(extent, matrix.offset + elements * dtype.itemsize)
-    digest = hashlib.sha256(plan.ranks)
-    digest.update(extent)
-    return digest.hexdigest()
+    scratch = scratch_for([plan.modules])
+    for (layer, module), one in plan.modules.items():
+        place = plan.placed.at(layer, module)
+        a = read_tensor(descriptor, one.a, scratch)
+        check_finite(one.a, a, store(a, extent, place.a_offset, dtype), plan.dtype)
+        b = read_tensor(descriptor, one.b, scratch)
+        scaled = b if one.scaling == 1 else b.float() * one.scaling
+        check_finite(one.b, b, store(scaled.T, extent, place.b_offset, dtype), plan.dtype)
+    return digest(plan.ranks, extent)
+
+
+def scratch_for(checkpoints: Iterable[Modules]) -> bytearray:
+    """Room for any one tensor of these checkpoints."""
+    entries = (
+        entry for modules in checkpoints for one in modules.values() for entry in (one.a, one.b)
+    )
+    return bytearray(max(entry.nbytes for entry in entries))
+
+
+def read_tensor(descriptor: int, entry: TensorEntry, scratch: bytearray) -> Tensor:
+    """The tensor as it is in the file. It lies in `scratch`, until that is used again."""
+    _read(descriptor, memoryview(scratch)[: entry.nbytes], entry.offset)
+    dtype = FILE_DTYPES[entry.dtype]
+    flat = torch.frombuffer(scratch, dtype=dtype, count=math.prod(entry.shape))
+    return flat.view(entry.shape)
+
+
+def store(matrix: Tensor, extent: memoryview, offset: int, dtype: torch.dtype) -> Tensor:
+    """Put a matrix into its place, row-major, and zero what is left until the next one.
+
+    Returns what is stored, which lies in the extent.
+    """
+    target = torch.frombuffer(extent, dtype=dtype, count=matrix.numel(), offset=offset)
+    target = target.view(matrix.shape)
+    target.copy_(matrix)
+    _clear_padding(extent, offset + matrix.numel() * dtype.itemsize)
+    return target
+
+
+def digest(ranks: bytes, extent: memoryview) -> str:
+    """Of a packed adapter: what tells contents apart."""
+    content = hashlib.sha256(ranks)
+    content.update(extent)
+    return content.hexdigest()
 
 
 def _by_place(
@@ -167,7 +207,7 @@ def _unknown_tensor(name: str) -> str:
     return f"tensor {shown(name)} is not a LoRA weight of a linear layer of this base model"
 
 
-def _module_name(layer: int, module: int) -> str:
+def module_name(layer: int, module: int) -> str:
     """As in the base model, which is what the patterns of the config are matched with."""
     name = MODULES[module]
     return f"model.layers.{layer}.{BLOCK_OF_MODULE[name]}.{name}"
@@ -195,19 +235,6 @@ def _check_shapes(
         )
 
 
-def _place(
-    place: tuple[int, int, str],
-    entry: TensorEntry,
-    placed: AdapterLayout,
-    rules: dict[tuple[int, int], tuple[int, float]],
-) -> Matrix:
-    layer, module, side = place
-    placement = placed.at(layer, module)
-    if side == "A":
-        return Matrix(entry, placement.a_offset, 1, transposed=False)
-    return Matrix(entry, placement.b_offset, rules[layer, module][1], transposed=True)
-
-
 def _read(descriptor: int, buffer: memoryview, offset: int) -> None:
     """Fill the buffer from the file. A file that has become shorter is a RequestError."""
     while buffer:
@@ -217,7 +244,8 @@ def _read(descriptor: int, buffer: memoryview, offset: int) -> None:
         buffer, offset = buffer[count:], offset + count
 
 
-def _check_finite(entry: TensorEntry, source: Tensor, target: Tensor, dtype: str) -> None:
+def check_finite(entry: TensorEntry, source: Tensor, target: Tensor, dtype: str) -> None:
+    """Raises RequestError, which says whether the file or its conversion is to blame."""
     if is_finite(target):
         return
     if is_finite(source):

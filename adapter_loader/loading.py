@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import msgspec
 from prometheus_client import Histogram
 
-from adapter_loader.checkpoint import BaseModel, Plan, pack, plan
+from adapter_loader.checkpoint import BaseModel, Modules, Plan, check, pack, plan
+from adapter_loader.merged_checkpoint import MergePlan, pack_merge, plan_merge
 from adapter_loader.peft_config import parse_peft_config
 from adapter_loader.refusals import failure, unavailable
 from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, Identity, Source
@@ -37,37 +38,56 @@ class Checked(msgspec.Struct, frozen=True):
     """An adapter that fits: its open files and how they will be packed. Close it once."""
 
     key: AdapterKey
-    files: AdapterFiles
-    plan: Plan
+    files: tuple[AdapterFiles, ...]  # one, or those of the parts of a merge
+    plan: Plan | MergePlan
+
+    @property
+    def identity(self) -> Identity:
+        return _identity(self.files)
 
     def close(self) -> None:
-        self.files.close()
+        for files in self.files:
+            files.close()
 
 
 def fetch_and_check(
     key: AdapterKey, token: str | None, known: Identity | None, source: Source, base: BaseModel
 ) -> Checked | Unchanged:
-    """Raises RequestError."""
-    with _timed(key, "fetch"):
-        files = source.fetch(key, token)
-    if files.identity == known:
-        files.close()
-        return Unchanged()
-    try:
+    """Find the adapter, or all parts of the merge, which are of one source. Raises RequestError."""
+    with ExitStack() as opened:
+        files: list[AdapterFiles] = []
+        with _timed(key, "fetch"):
+            for part in key.parts:
+                with _naming(part, key):
+                    files.append(source.fetch(part, token))
+                opened.callback(files[-1].close)
+        if _identity(files) == known:
+            return Unchanged()
         with _timed(key, "check"):
-            config = parse_peft_config(files.config)
-            return Checked(key, files, plan(files.weights, files.weights_bytes, config, base))
-    except BaseException:
-        files.close()
-        raise
+            modules: list[Modules] = []
+            for part, of_part in zip(key.parts, files, strict=True):
+                with _naming(part, key):
+                    modules.append(_check(of_part, base))
+            merge = key.merge
+            planned: Plan | MergePlan
+            if merge is None:
+                planned = plan(modules[0], base)
+            else:
+                planned = plan_merge(tuple(modules), merge, base)
+        opened.pop_all()
+        return Checked(key, tuple(files), planned)
 
 
 def pack_checked(checked: Checked, extent: memoryview) -> str:
     """Fill the extent and close the files; returns the content's digest. Raises RequestError."""
     try:
+        weights = [files.weights for files in checked.files]
         with _timed(checked.key, "pack"):
-            content = pack(checked.files.weights, checked.plan, extent)
-        if checked.files.has_changed():
+            if isinstance(checked.plan, Plan):
+                content = pack(weights[0], checked.plan, extent)
+            else:
+                content = pack_merge(weights, checked.plan, extent)
+        if any(files.has_changed() for files in checked.files):
             raise unavailable(f"{WEIGHTS_FILE} changed while it was read")
         return content
     finally:
@@ -83,6 +103,26 @@ def guarded(key: AdapterKey, job: Callable[[], T]) -> T | Failure:
     except Exception:
         log.exception("event=adapter_load_broken adapter=%a", key.id)
         return Failure(500, FailureKind.INTERNAL, f"adapter {key.id}: loading it failed")
+
+
+def _check(files: AdapterFiles, base: BaseModel) -> Modules:
+    config = parse_peft_config(files.config)
+    return check(files.weights, files.weights_bytes, config, base)
+
+
+def _identity(files: Iterable[AdapterFiles]) -> Identity:
+    return tuple(number for one in files for number in one.identity)
+
+
+@contextmanager
+def _naming(part: AdapterKey, key: AdapterKey) -> Iterator[None]:
+    """Say which part of a merge an error is about."""
+    try:
+        yield
+    except RequestError as error:
+        if key.merge is None:
+            raise
+        raise RequestError(error.status, error.kind, f"part {part.id}: {error.message}") from error
 
 
 @contextmanager

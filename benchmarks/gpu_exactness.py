@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapter_loader.bundled_model import bundled_model
-from adapter_loader.checkpoint import BaseModel, pack, plan
+from adapter_loader.checkpoint import BaseModel, check, pack, plan
 from adapter_loader.peft_config import parse_peft_config
 from benchmarks.machine import commit, machine
 from gpu_worker.batch import make_batch
@@ -177,8 +177,9 @@ def load_adapters(worker: Worker, config: ModelConfig) -> dict[str, int]:
     for name in adapter_names():
         peft_config = parse_peft_config((ADAPTERS / name / "adapter_config.json").read_bytes())
         with (ADAPTERS / name / "adapter_model.safetensors").open("rb") as file:
-            planned = plan(file.fileno(), os.fstat(file.fileno()).st_size, peft_config, base)
-            extent = bytearray(planned.nbytes)
+            modules = check(file.fileno(), os.fstat(file.fileno()).st_size, peft_config, base)
+            planned = plan(modules, base)
+            extent = bytearray(planned.placed.nbytes)
             pack(file.fileno(), planned, memoryview(extent))
         packed.append((extent, planned.ranks))
     arena = mmap.mmap(-1, sum(-(-len(extent) // 256) * 256 for extent, _ in packed))

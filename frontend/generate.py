@@ -176,4 +176,5 @@ class Generate:
         metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)
         metrics.GENERATED_TOKENS.inc(end.usage.completion_tokens)
         if call.prompt.adapter is not None:
-            self._used.add(call.prompt.adapter)
+            for part in call.prompt.adapter.parts:
+                self._used.add(part)

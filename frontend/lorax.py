@@ -10,6 +10,7 @@ from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.lorax_replies import Asked, LoraxShape, http_error, refusal
+from frontend.merges import MergedAdapters, merged
 from frontend.parameters import (
     MAX_SEED,
     MalformedJson,
@@ -27,7 +28,6 @@ Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 # Options that change the answer and are not implemented -> the values that ask for nothing.
 # null asks for nothing everywhere. best_of has sentences of its own.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "merged_adapters": (),
     "truncate": (),
     "watermark": (False,),
     "decoder_input_details": (False,),
@@ -42,6 +42,7 @@ class Parameters(msgspec.Struct, kw_only=True):
 
     adapter_id: str | None = None
     adapter_source: str | None = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     best_of: Unsigned | None = None
     temperature: float | None = None
@@ -62,7 +63,6 @@ class Parameters(msgspec.Struct, kw_only=True):
     min_p: float | None = None
     ignore_eos: bool | None = None
     # see NOT_IMPLEMENTED
-    merged_adapters: Any = None
     truncate: Any = None
     watermark: Any = None
     decoder_input_details: Any = None
@@ -178,12 +178,20 @@ class Lorax:
         return Call(prompt, LoraxShape(asked), streamed)
 
     def _wanted(self, parameters: Parameters, authorization: str | None) -> Wanted | None:
-        return self._adapters.find(
-            parameters.adapter_id,
-            source=parameters.adapter_source,
-            token=source_token(parameters.api_token, authorization),
-            parameter="adapter_id",
-        )
+        token = source_token(parameters.api_token, authorization)
+
+        def find(name: str | None) -> Wanted | None:
+            return self._adapters.find(
+                name, source=parameters.adapter_source, token=token, parameter="adapter_id"
+            )
+
+        if parameters.merged_adapters is None:
+            return find(parameters.adapter_id)
+        if parameters.adapter_id:
+            raise ParameterError(
+                "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
+            )
+        return merged(parameters.merged_adapters, find)
 
 
 def _check_implemented(parameters: Parameters, *, streamed: bool) -> None:

@@ -129,10 +129,11 @@ class LoraxShape:
         )
         if asked.adapter is None:
             return headers
+        parts = asked.adapter.parts
         return (
             *headers,
-            (b"x-adapter-id", _header_value(asked.adapter.id)),
-            (b"x-adapter-source", asked.adapter.source.encode()),
+            (b"x-adapter-id", _header_value(",".join(part.id for part in parts))),
+            (b"x-adapter-source", parts[0].source.encode()),
         )
 
     def opening(self) -> bytes:

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from frontend.adapters import AdapterNames, source_token
+from frontend.adapters import AdapterNames, Wanted, source_token
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
+from frontend.merges import MergedAdapters, merged
 from frontend.openai_replies import ChatShape, CompletionShape, http_error, refusal
 from frontend.parameters import (
     MAX_SEED,
@@ -109,6 +110,7 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos: bool | None = None
     ignore_eos_token: bool | None = None
     adapter_source: str | None = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     # see NOT_IMPLEMENTED
     n: Any = None
@@ -215,12 +217,7 @@ class OpenAI:
     def _prompt(self, request: Request, authorization: str | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
         _check_implemented(request, NOT_IMPLEMENTED)
-        wanted = self._adapters.find(
-            request.model,
-            source=request.adapter_source,
-            token=source_token(request.api_token, authorization),
-            parameter="model",
-        )
+        wanted = self._wanted(request, authorization)
         return Prompt(
             request_id=0,
             arrived=0.0,
@@ -230,6 +227,23 @@ class OpenAI:
             stop=stop_strings(request.stop, self._max_stop_sequences),
             ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
         )
+
+    def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:
+        token = source_token(request.api_token, authorization)
+
+        def find(name: str) -> Wanted | None:
+            return self._adapters.find(
+                name, source=request.adapter_source, token=token, parameter="model"
+            )
+
+        named = find(request.model)
+        if request.merged_adapters is None:
+            return named
+        if named is not None:
+            raise ParameterError(
+                "merged_adapters", "with `merged_adapters`, `model` must be the base model"
+            )
+        return merged(request.merged_adapters, find)
 
 
 def _understand(read: Callable[[], Call]) -> Call | HttpReply:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+MERGED = "merged"  # the source of adapters that are merged from others
 REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
 
 
@@ -52,6 +53,23 @@ class Failure(Value, frozen=True):
     message: str
 
 
+class MergeStrategy(StrEnum):
+    """How adapters are merged, see `adapter_loader.merging`."""
+
+    LINEAR = "linear"
+    CAT = "cat"
+    TIES = "ties"
+    DARE_LINEAR = "dare_linear"
+    DARE_TIES = "dare_ties"
+
+
+class MajoritySign(StrEnum):
+    """What elects a sign: the sum of the values, or the number of them."""
+
+    TOTAL = "total"
+    FREQUENCY = "frequency"
+
+
 class AdapterKey(Value, frozen=True, order=True):
     """Which adapter, before its bytes are known.
 
@@ -59,10 +77,36 @@ class AdapterKey(Value, frozen=True, order=True):
     tenants' views of a private adapter are two adapters.
     """
 
-    source: str  # of pipeline.config.SOURCES
-    id: str
+    source: str  # of pipeline.config.SOURCES, or MERGED
+    id: str  # of a merge: a description of it
     revision: str = ""
     scope: str = ""
+    merge: "Merge | None" = None  # with source MERGED only
+
+    @property
+    def parts(self) -> tuple["AdapterKey", ...]:
+        """What is fetched for it: the adapters that are merged, or itself."""
+        return (self,) if self.merge is None else tuple(part.adapter for part in self.merge.parts)
+
+
+class MergePart(Value, frozen=True, order=True):
+    """One of the adapters that are merged; not a merge itself."""
+
+    adapter: AdapterKey
+    weight: float  # finite
+
+
+class Merge(Value, frozen=True, order=True):
+    """How adapters become one. Equal merges are equal values.
+
+    What a strategy does not use has its default here, so that it tells no two merges apart.
+    """
+
+    parts: tuple[MergePart, ...]  # at least one, all of one source
+    strategy: MergeStrategy
+    density: float = 1.0  # share of the values that is kept, in (0, 1]
+    majority_sign: MajoritySign = MajoritySign.TOTAL
+    seed: int = 0  # of the values that are dropped at random
 
 
 class Sampling(Value, frozen=True):

@@ -58,14 +58,14 @@ def make_adapter(folder: Path, hidden: int = 64, layers: int = LAYERS, **config:
     return adapted
 
 
-def delta_weights(adapted: Any) -> dict[tuple[int, int], Tensor]:
+def delta_weights(adapted: Any, name: str = "default") -> dict[tuple[int, int], Tensor]:
     """(layer, module) -> what PEFT adds to that weight, fp32 [out, in]."""
     deltas = {}
     for layer, block in enumerate(adapted.base_model.model.model.layers):
-        for module, name in enumerate(MODULES):
-            linear = getattr(block.self_attn, name, None) or getattr(block.mlp, name)
-            if hasattr(linear, "get_delta_weight"):
-                deltas[layer, module] = linear.get_delta_weight("default").detach()
+        for module, part in enumerate(MODULES):
+            linear = getattr(block.self_attn, part, None) or getattr(block.mlp, part)
+            if name in getattr(linear, "lora_A", {}):
+                deltas[layer, module] = linear.get_delta_weight(name).detach()
     return deltas
 
 

@@ -77,7 +77,7 @@ def check(root: Path, base: BaseModel, name: str = "x") -> Checked:
 def load(root: Path, base: BaseModel, name: str = "x") -> tuple[bytes, bytes, str]:
     """The packed bytes, the ranks and the digest. Whatever lay in the extent is overwritten."""
     checked = check(root, base, name)
-    extent = bytearray(b"\xee" * checked.plan.nbytes)
+    extent = bytearray(b"\xee" * checked.plan.placed.nbytes)
     content = pack_checked(checked, memoryview(extent))
     return bytes(extent), checked.plan.ranks, content
 

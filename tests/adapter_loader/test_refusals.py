@@ -46,7 +46,7 @@ def load(root: Path, base: BaseModel, name: str = "x", revision: str = "") -> st
 
     def job() -> str:
         checked = fetch_and_check(key, None, None, source, base)
-        return pack_checked(checked, memoryview(bytearray(checked.plan.nbytes)))  # type: ignore[union-attr, arg-type]
+        return pack_checked(checked, memoryview(bytearray(checked.plan.placed.nbytes)))  # type: ignore[union-attr, arg-type]
 
     return guarded(key, job)
 
@@ -473,7 +473,7 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(
         with weights.open("r+b") as file:
             file.truncate(nbytes)
             os.utime(file.fileno(), (1, 1))
-        extent = memoryview(bytearray(checked.plan.nbytes))  # type: ignore[union-attr]
+        extent = memoryview(bytearray(checked.plan.placed.nbytes))  # type: ignore[union-attr]
         result = guarded(key, lambda: pack_checked(checked, extent))  # type: ignore[arg-type]  # noqa: B023
         assert_refused(result, FailureKind.ADAPTER_UNAVAILABLE, ("changed while",))
 

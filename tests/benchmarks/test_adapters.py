@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from adapter_loader.checkpoint import BaseModel, plan
+from adapter_loader.checkpoint import BaseModel, check, plan
 from adapter_loader.peft_config import parse_peft_config
 from adapter_loader.sources.local import LocalSource
 from benchmarks.adapters import AdapterKind, write_adapters
@@ -30,10 +30,10 @@ def ranks(root: Path, name: str, config: ModelConfig) -> tuple[list[int], int]:
     try:
         base = BaseModel(config.layers, config.module_shapes(), "bfloat16")
         peft = parse_peft_config(files.config)
-        planned = plan(files.weights, files.weights_bytes, peft, base)
+        planned = plan(check(files.weights, files.weights_bytes, peft, base), base)
     finally:
         files.close()
-    return list(unpack_ranks(planned.ranks)), planned.nbytes
+    return list(unpack_ranks(planned.ranks)), planned.placed.nbytes
 
 
 @pytest.mark.parametrize("kind", [AdapterKind(rank=8), QUERY_VALUE])

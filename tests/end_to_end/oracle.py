@@ -72,6 +72,10 @@ class Oracle:
         for name, folder in names:
             self._model.load_adapter(folder, adapter_name=name)
 
+    def merge(self, name: str, **how: Any) -> None:
+        """Add a merge of its adapters; `how` is that of PEFT's add_weighted_adapter."""
+        self._model.add_weighted_adapter(adapter_name=name, **how)
+
     @torch.inference_mode()
     def greedy(self, inputs: str, adapter: str | None, tokens: list[int]) -> list[int]:
         """What would be chosen greedily at each place of `tokens`, after `inputs` and those before.

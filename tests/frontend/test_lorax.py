@@ -157,7 +157,6 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         ({"inputs": ""}, "`inputs` cannot be empty"),
         ({"best_of": 0}, "`best_of` must be > 0 and <= 1. Given: 0"),
         ({"best_of": 2}, "`best_of` != 1 is not allowed for this endpoint"),
-        ({"merged_adapters": {"ids": ["a"]}}, "`merged_adapters` is not supported"),
         ({"truncate": 5}, "`truncate` is not supported"),
         ({"watermark": True}, "`watermark` is not supported"),
         ({"decoder_input_details": True}, "`decoder_input_details` is not supported"),

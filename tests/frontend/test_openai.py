@@ -180,7 +180,6 @@ def test_what_asks_for_nothing_changes_nothing(changes: dict[str, Any]) -> None:
         ("verbosity", "low"),
         ("web_search_options", {}),
         ("prediction", {"type": "content", "content": "x"}),
-        ("merged_adapters", {"ids": ["a"]}),
         ("no_such_option", 1),
         ("best_of", 1),
         ("max_new_tokens", 1),

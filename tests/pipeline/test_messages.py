@@ -1,6 +1,7 @@
 """Messages survive the way from one process to another, and each inbox knows its own."""
 
 import builtins
+import functools
 import types
 import typing
 from enum import Enum
@@ -55,7 +56,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         case None if issubclass(hint, Enum):
             return st.sampled_from(hint)
         case None:
-            return instances(hint)
+            return st.deferred(lambda: instances(hint))  # a key may hold keys
         case types.UnionType:
             return st.one_of([values(argument) for argument in arguments])
         case builtins.list:
@@ -70,6 +71,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
             raise NotImplementedError(hint)
 
 
+@functools.cache
 def instances(kind: type[Any]) -> st.SearchStrategy[Any]:
     """Any instance of a message or of what messages are made of."""
     hints = typing.get_type_hints(kind)

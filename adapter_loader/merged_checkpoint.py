@@ -1,0 +1,87 @@
+"""Checkpoints that are merged while they are packed: no part takes room in the arena."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from adapter_loader.checkpoint import (
+    DTYPES,
+    BaseModel,
+    LoraModule,
+    Modules,
+    check_finite,
+    digest,
+    is_finite,
+    layout_of,
+    module_name,
+    read_tensor,
+    scratch_for,
+    store,
+)
+from adapter_loader.merging import NEEDS_ONE_RANK, Term, merge_module
+from adapter_loader.refusals import invalid
+from pipeline.adapter_layout import MAX_RANK, AdapterLayout
+from pipeline.messages import Merge
+
+
+class MergePlan(msgspec.Struct, frozen=True):
+    """How checkpoints will be merged and packed. placed.nbytes is the size of the extent."""
+
+    dtype: str
+    ranks: bytes  # int16[layers, modules]
+    placed: AdapterLayout
+    parts: tuple[Modules, ...]  # as in the merge
+    merge: Merge
+
+
+def plan_merge(parts: tuple[Modules, ...], merge: Merge, base: BaseModel) -> MergePlan:
+    """Where everything will lie. Raises RequestError when the ranks do not go together."""
+    ranks_of: dict[tuple[int, int], list[int]] = {}
+    for modules in parts:
+        for place, one in modules.items():
+            ranks_of.setdefault(place, []).append(one.rank)
+    rank_of = {place: _merged_rank(place, ranks, merge) for place, ranks in ranks_of.items()}
+    ranks, placed = layout_of(rank_of, base)
+    return MergePlan(base.dtype, ranks, placed, parts, merge)
+
+
+def pack_merge(descriptors: Sequence[int], plan: MergePlan, extent: memoryview) -> str:
+    """As checkpoint.pack, for one open file per part; computes in fp32."""
+    dtype = DTYPES[plan.dtype]
+    scratch = scratch_for(plan.parts)
+    for place in sorted({place for modules in plan.parts for place in modules}):
+        name = module_name(*place)
+        terms = [
+            _read_term(descriptors[part], part, modules[place], scratch)
+            for part, modules in enumerate(plan.parts)
+            if place in modules
+        ]
+        a, b = merge_module(terms, plan.merge, name)
+        placement = plan.placed.at(*place)
+        for matrix, offset in ((a, placement.a_offset), (b.T, placement.b_offset)):
+            if not is_finite(store(matrix, extent, offset, dtype)):
+                raise invalid(f"module {name} of the merge has values too large for {plan.dtype}")
+    return digest(plan.ranks, extent)
+
+
+def _merged_rank(place: tuple[int, int], ranks: list[int], merge: Merge) -> int:
+    name = module_name(*place)
+    if merge.strategy not in NEEDS_ONE_RANK:
+        if sum(ranks) > MAX_RANK:
+            raise invalid(f"module {name} would have rank {sum(ranks)}, and {MAX_RANK} is the most")
+        return sum(ranks)
+    if len(set(ranks)) > 1:
+        raise invalid(
+            f"its parts have the ranks {', '.join(map(str, ranks))} in module {name}, "
+            f"and {merge.strategy} merges equal ranks only (cat merges any)"
+        )
+    return ranks[0]
+
+
+def _read_term(descriptor: int, part: int, module: LoraModule, scratch: bytearray) -> Term:
+    matrices = []
+    for entry in (module.a, module.b):
+        matrix = read_tensor(descriptor, entry, scratch)
+        check_finite(entry, matrix, matrix, entry.dtype)
+        matrices.append(matrix.float() if entry.dtype != "F32" else matrix.clone())
+    return Term(part, matrices[0], matrices[1], module.scaling)
