@@ -179,9 +179,7 @@ class Core:
 
     def failed(self, key: AdapterKey, reason: Failure, now: float) -> None:
         """The adapter cannot be had; nothing of it is left open."""
-        if (
-            key.parts[0].source != "local"
-        ):  # a folder is mended by its owner
+        if key.parts[0].source != "local":  # a folder is mended by its owner
             self._failures.add(key, reason, now)
         self._end(key, reason)
 

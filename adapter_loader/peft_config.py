@@ -52,6 +52,23 @@ WITHOUT_EFFECT = frozenset(
         "runtime_config",
     }
 )
+# Key -> why it is not right with an A and a B for each linear layer alone.
+REFUSED = {
+    "alora_invocation_tokens": "aLoRA: it acts on the tokens behind some others only",
+    "arrow_config": "Arrow: it chooses among adapters for each token",
+    "kasa_config": "KaSA: its update has singular values of its own",
+    "layer_replication": "it makes another base model, with layers that occur twice",
+    "lora_bias": "what it adds to a layer's output is more than B A x",
+    "megatron_config": "its layers are those of Megatron",
+    "modules_to_save": "it brings whole modules of its own, such as lm_head or embed_tokens",
+    "monteclora_config": "MonteCLoRA: its update is drawn at random",
+    "target_parameters": "it adapts parameters that are no linear layers",
+    "trainable_token_indices": "it brings embeddings of its own",
+    "use_bdlora": "BD-LoRA: its matrices are block-diagonal",
+    "use_dora": "DoRA: it scales the rows of the sum of base and update, which has no low rank",
+    "use_qalora": "QALoRA: its A reads averages over groups of the input",
+    "velora_config": "VeLoRA: its A is trained on compressed inputs",
+}
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside a changed base model: what they save fits
 # that, unless PEFT converted it, and then the config says `true`.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -100,8 +117,9 @@ def parse_peft_config(data: bytes) -> LoraConfig:
         )
     for name, value in values.items():
         if name not in HONOURED | WITHOUT_EFFECT and value not in (None, False, "", [], {}):
+            why = f" ({REFUSED[name]})" if name in REFUSED else ""
             raise invalid(
-                f"{CONFIG_FILE} sets {shown(name)} to {shown(value)}, which is not supported"
+                f"{CONFIG_FILE} sets {shown(name)} to {shown(value)}, which is not supported{why}"
             )
     try:
         config = msgspec.convert(values, LoraConfig)

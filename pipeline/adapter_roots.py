@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 CONFIG_FILE = "adapter_config.json"
+FOLDERS = ("", "model_weights", "model/model_weights")  # PEFT's; where a run of Ludwig has that
 MAX_ID_CHARACTERS = 512
 
 
@@ -12,15 +13,18 @@ def find_local(roots: Sequence[Path], adapter_id: str) -> Path | None:
 
     Only what lies below a root after every symbolic link and `..` is resolved counts, so that an
     id cannot lead out of it. The roots are resolved paths; the first that has the adapter wins.
+    The id of a run of Ludwig means the adapter in it.
     """
     if not adapter_id or len(adapter_id) > MAX_ID_CHARACTERS or not adapter_id.isprintable():
         return None
     for root in roots:
         try:
-            folder = (root / adapter_id).resolve()
-            inside = folder != root and folder.is_relative_to(root)
-            if inside and (folder / CONFIG_FILE).is_file():
-                return folder
+            if (root / adapter_id).resolve() == root:
+                continue
+            for within in FOLDERS:
+                folder = (root / adapter_id / within).resolve()
+                if folder.is_relative_to(root) and (folder / CONFIG_FILE).is_file():
+                    return folder
         except (OSError, RuntimeError, ValueError):  # too long, no permission, a loop of links
             continue
     return None

@@ -99,6 +99,23 @@ def test_packed_matrices_give_the_delta_weights_of_peft(
     assert_same(unpacked(extent, ranks, base), delta_weights(adapted))
 
 
+@pytest.mark.parametrize("form", HONOURED)
+def test_logits_with_what_is_packed_equal_those_of_peft(
+    form: str, tmp_path: Path, base: BaseModel
+) -> None:
+    adapted = make_adapter(tmp_path / "x", **HONOURED[form]).eval()
+    extent, ranks, _ = load(tmp_path, base)
+    tokens = torch.arange(12)[None]
+    with torch.inference_mode():
+        expected = adapted(tokens).logits
+        model = adapted.unload()
+        for (layer, module), delta in unpacked(extent, ranks, base).items():
+            block, name = model.model.layers[layer], MODULES[module]
+            linear = getattr(block.self_attn, name, None) or getattr(block.mlp, name)
+            linear.weight += delta
+        torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_ranks_are_exact_and_missing_modules_have_none(tmp_path: Path, base: BaseModel) -> None:
     make_adapter(
         tmp_path / "x",

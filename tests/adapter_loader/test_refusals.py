@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adapter_loader.checkpoint import BaseModel
 from adapter_loader.loading import fetch_and_check, guarded, pack_checked
-from adapter_loader.peft_config import HONOURED, WITHOUT_EFFECT
+from adapter_loader.peft_config import HONOURED, REFUSED, WITHOUT_EFFECT
 from adapter_loader.sources.local import LocalSource
 from pipeline.messages import AdapterKey, Failure, FailureKind
 from tests.adapter_loader.adapters import (
@@ -126,11 +126,23 @@ def test_a_config_is_refused(
     assert_refused(load(root, base), FailureKind.ADAPTER_INVALID, words)
 
 
-def test_every_key_of_the_installed_peft_is_honoured_harmless_or_refused_by_name() -> None:
-    by_name = {key for config in CONFIGS.values() for key in config.changes}
-    keys = {field.name for field in dataclasses.fields(LoraConfig)}
-    assert keys - HONOURED - WITHOUT_EFFECT <= by_name
-    assert not HONOURED & WITHOUT_EFFECT
+def test_every_key_of_the_installed_peft_is_in_the_table_of_the_docs() -> None:
+    made_of = {"honoured": HONOURED, "without effect": WITHOUT_EFFECT, "refused": REFUSED.keys()}
+    lines = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text().splitlines()
+    cells = [line.split("|") for line in lines if line.startswith("| `")]
+    for what, keys in made_of.items():
+        rows = [row[1].strip(" `") for row in cells if row[2].strip() == what]
+        assert rows == sorted(keys)
+    installed = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert installed <= HONOURED | WITHOUT_EFFECT | REFUSED.keys()
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_refused_key_is_refused_with_its_reason(
+    key: str, copy_of: Callable[[str], Path], root: Path, base: BaseModel
+) -> None:
+    change_config(copy_of("x"), **{key: [1]})
+    assert_refused(load(root, base), FailureKind.ADAPTER_INVALID, (key, REFUSED[key]))
 
 
 class Texts(NamedTuple):

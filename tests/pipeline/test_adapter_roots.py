@@ -84,3 +84,13 @@ def test_the_list_holds_each_adapter_once_and_nothing_else(tmp_path: Path) -> No
     (first / "empty").mkdir()
     (first / "out").symlink_to(adapter(tmp_path / "outside"))
     assert list(list_local([first, second, tmp_path / "absent"])) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("within", ["model_weights", "model/model_weights"])
+def test_a_run_of_ludwig_is_the_adapter_inside(tmp_path: Path, within: str) -> None:
+    root = tmp_path.resolve()
+    folder = root / "run" / within
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text("{}")
+    assert find_local([root], "run") == folder
+    assert list(list_local([root])) == ["run"]
