@@ -154,7 +154,7 @@ def _bounded(members: Iterator[_Member], max_bytes: int) -> Iterator[_Member]:
 
 
 class _Bounded(io.RawIOBase):
-    """A file of which nothing large is read at once, nor anything behind max_bytes.
+    """A file of which nothing large is read at once, nor anything before it or behind max_bytes.
 
     tarfile and zipfile read tables whole, of whatever size the archive claims for them.
     """
@@ -178,6 +178,8 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_SET:
+            if offset < 0:  # the archive claims that a member lies before its own beginning
+                raise ValueError(f"negative seek position {offset}")
             self._check(offset)
         return self._file.seek(offset, whence)
 

@@ -144,6 +144,14 @@ def test_a_part_of_an_archive_or_none_at_all_is_refused(
     assert refusal(tmp_path, suffix, part)
 
 
+def test_a_zip_whose_member_lies_before_its_beginning_is_refused(tmp_path: Path) -> None:
+    data = bytearray(archive_bytes(".zip", {CONFIG: b"{}", WEIGHTS: bytes(5000)}))
+    end = data.rindex(b"PK\x05\x06")
+    directory = int.from_bytes(data[end + 16 : end + 20], "little")
+    data[end + 16 : end + 20] = (directory + 256).to_bytes(4, "little")
+    assert "damaged" in refusal(tmp_path, ".zip", bytes(data))
+
+
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     return lambda: tmp_path_factory.mktemp("archive")
