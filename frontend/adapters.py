@@ -132,12 +132,23 @@ def source_token(given: str | None, authorization: str | None) -> str | None:
     return token
 
 
+def tenant_of(given: str | None, authorization: str | None) -> str:
+    """Whose share of the server a request takes, as a digest: the bearer token's, whatever it is
+    for, or else that of `api_token`; empty for those who send neither."""
+    return scope_of(_credential(authorization) or given)
+
+
 def _bearer(authorization: str | None) -> str | None:
+    token = _credential(authorization)
+    return None if token is None or token.startswith(FOREIGN_KEY) else token
+
+
+def _credential(authorization: str | None) -> str | None:
     scheme, _, token = (authorization or "").partition(" ")
     token = token.strip()
     if scheme.lower() != "bearer" or not token or token.lower() in PLACEHOLDERS:
         return None
-    return None if token.startswith(FOREIGN_KEY) else token
+    return token
 
 
 def scope_of(token: str | None) -> str:

@@ -141,7 +141,9 @@ class Downstream:
         reply = Reply(self._streams, request_id, self._keep_alive_seconds if streamed else 0.0)
         try:
             if prompt.adapter is not None:
-                self._send("scheduler", Prefetch(prompt.adapter, prompt.adapter_token), 0)
+                self._send(
+                    "scheduler", Prefetch(prompt.adapter, prompt.adapter_token, prompt.tenant), 0
+                )
             numbered = msgspec.structs.replace(
                 prompt, request_id=request_id, arrived=time.monotonic()
             )

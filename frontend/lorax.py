@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token
+from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token, tenant_of
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.lorax_replies import Asked, LoraxShape, http_error, refusal
@@ -163,6 +163,7 @@ class Lorax:
             keep_stop=True,
             ignore_eos=bool(parameters.ignore_eos_token or parameters.ignore_eos),
             token_details=streamed or bool(parameters.details),
+            tenant=tenant_of(parameters.api_token, authorization),
         )
         asked = Asked(
             inputs=request.inputs,

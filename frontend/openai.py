@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from frontend.adapters import AdapterNames, Wanted, source_token
+from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
@@ -226,6 +226,7 @@ class OpenAI:
             sampling=_sampling(request),
             stop=stop_strings(request.stop, self._max_stop_sequences),
             ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
+            tenant=tenant_of(request.api_token, authorization),
         )
 
     def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:

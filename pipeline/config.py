@@ -187,6 +187,17 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_wait_seconds: Annotated[
         float, Meta(gt=0, description="time a request may wait to run, seconds")
     ] = 600.0
+    max_overtaking_seconds: Annotated[
+        float,
+        Meta(ge=0, description="time an adapter that waits for room may be passed, seconds"),
+    ] = 1.0
+    max_tenant_running: Annotated[
+        int, Meta(ge=0, description="sequences of one tenant that run at once; 0: no limit")
+    ] = 0
+    max_tenant_waiting: Annotated[
+        int,
+        Meta(ge=0, description="requests of one tenant that wait; more get 429; 0: no limit"),
+    ] = 0
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20

@@ -166,6 +166,7 @@ class Prompt(Message, frozen=True):
     ignore_eos: bool = False
     token_details: bool = False  # send a TokenDetail per token
     add_special_tokens: bool = True
+    tenant: str = ""  # a digest of who asks; empty for those who do not say
 
 
 class Cancel(Message, frozen=True):
@@ -192,6 +193,7 @@ class Prefetch(Message, frozen=True):
 
     adapter: AdapterKey
     adapter_token: str | None = None
+    tenant: str = ""  # as of the prompt
 
 
 class Submit(Message, frozen=True):
@@ -207,6 +209,7 @@ class Submit(Message, frozen=True):
     sampling: Sampling = Sampling()
     ignore_eos: bool = False
     logprobs: bool = False
+    tenant: str = ""  # as of the prompt
 
 
 # --- scheduler -> gpu_worker ---------------------------------------------------------------------

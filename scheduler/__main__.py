@@ -92,7 +92,7 @@ class Loop:
             case Prefetch():
                 self._core.prefetch(message, now)
             case AdapterStaged():
-                self._core.adapter_staged(message, now)
+                self._core.adapter_staged(message)
             case AdapterFailed():
                 self._core.adapter_failed(message, now)
             case WorkerReady():

@@ -1,23 +1,30 @@
 """The way of each adapter: asked for, staged in the arena, resident in the pool, evicted.
 
-    absent  --asked for-->  loading  --staged-->  staged  --place-->  resident  --evicted--> absent
-                               |                    |
-                               +----- failed, too large, or wanted by nobody without room -> absent
+    wanted  --asked for-->  loading  --staged-->  staged  --place-->  resident  --evicted--> wanted
+       |                       |                    |                                     or absent
+       +-----------------------+----- failed, too large, or waited for by nobody without room ->
+
+The loader is asked in the order of the policy's turns, for so many of each tenant at a time: who
+wants thousands at once must not fill the arena, nor stand before all others in the loader's queue.
 
 An adapter is pinned by the sequences that run with it, by those whose last rows are still in
-flight, and by its own copy. One that is not pinned can be evicted for a waiting sequence that came
-before all those that wait for it, so the oldest always gets its room in the end. Where enough is
+flight, and by its own copy. Room is given in the order of the policy's turns, ahead of a row. One
+that is not pinned can be evicted if nobody waits for it; or for somebody whose turn comes first,
+once it has been used: turns change with every token, and two must not push each other out for
+ever. Where the policy says that room is overdue, all that is not pinned can go. Where enough is
 free, but not in a row, others are moved together: those that are not pinned, and where that does
-not help, those that run as well.
+not help, those that run as well. Only the first few in turn are looked at, as often as room may be
+found: there may be hundreds.
 
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
 the step would hold up all its rows for.
 """
 
+import heapq
 from bisect import insort
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from pipeline.messages import (
@@ -28,14 +35,17 @@ from pipeline.messages import (
     Failure,
     LoadAdapter,
     PlaceAdapter,
+    Prefetch,
     ReleaseAdapter,
 )
 from scheduler import failures
 from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
-from scheduler.policy import MAX_OVERTAKING_SECONDS, ReadyQueue, by_order, discard
+from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
+MAX_TRIES = 8  # adapters that room is looked for in, at a time
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
@@ -44,23 +54,28 @@ Failed = list[tuple[Sequence, Failure]]
 class Adapter:
     """One adapter that is not absent."""
 
-    __slots__ = ("admits", "extent", "key", "last_used", "pins", "staged", "staged_at", "waiting")
+    __slots__ = (
+        "admits",
+        "asked_by",
+        "extent",
+        "key",
+        "last_used",
+        "pins",
+        "staged",
+        "used",
+        "waiting",
+    )
 
     def __init__(self, key: AdapterKey) -> None:
         self.key = key
         self.waiting: list[Sequence] = []  # in order; those that want to start with it
+        self.asked_by: str | None = None  # the tenant whose load it is, until it has room
         self.staged: AdapterStaged | None = None  # the latest answer of the loader
-        self.staged_at = 0.0
         self.extent: Extent | None = None  # while it is resident, or its copy is on its way
         self.admits = False  # those that wait may start
         self.pins = 0
+        self.used = False  # somebody has started with it since it has its extent
         self.last_used = 0  # counts up over all adapters
-
-    def wanted_before(self, other: "Adapter") -> bool:
-        """Whether somebody waits for it who came before all that wait for the other."""
-        if not other.waiting:
-            return True
-        return bool(self.waiting) and self.waiting[0].order < other.waiting[0].order
 
 
 class _Placing(NamedTuple):
@@ -73,22 +88,26 @@ class _Placing(NamedTuple):
 class Adapters:
     """All adapters, and the sequences that wait to start, with an adapter or without.
 
-    It keeps `ready` filled with those whose adapter is resident or which have none, and calls
-    `send` with what the loader is to be told.
+    It tells `policy` who waits and for whom there is room, and calls `send` with what the loader
+    is to be told.
     """
 
     def __init__(
         self,
         *,
-        ready: ReadyQueue,
+        policy: Policy,
         send: Callable[[LoadAdapter | ReleaseAdapter], None],
         load_seconds: float,
     ) -> None:
-        self._ready = ready
+        self._policy = policy
         self._send = send
         self._load_seconds = load_seconds
         self._pool = AdapterPool(nbytes=0, slots=0)  # until the worker is ready
         self._adapter_of: dict[AdapterKey, Adapter] = {}
+        self._resident: dict[AdapterKey, Adapter] = {}  # those of them that have an extent
+        self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
+        self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
+        self._may_ask: set[str] = set()  # tenants that have fewer loads than before
         self._load_deadline_of: dict[AdapterKey, float] = {}  # soonest first
         self._without_room: list[Adapter] = []  # staged, not resident
         self._arriving: deque[_Placing] = deque()  # in order
@@ -97,7 +116,7 @@ class Adapters:
 
     @property
     def resident(self) -> int:
-        return sum(adapter.extent is not None for adapter in self._adapter_of.values())
+        return len(self._resident)
 
     @property
     def pool_used_bytes(self) -> int:
@@ -110,38 +129,41 @@ class Adapters:
 
     def join(self, sequence: Sequence, now: float) -> None:
         """The sequence waits to start, from now on."""
+        self._policy.join(sequence)
         key = sequence.adapter
         if key is None:
-            self._ready.add(sequence)
             return
         adapter = self._adapter_of.get(key)
         if adapter is None:
-            adapter = self._load(Adapter(key), sequence.adapter_token, now)
+            adapter = self._adapter_of[key] = Adapter(key)
         insort(adapter.waiting, sequence, key=by_order)
-        if adapter.admits:
-            self._ready.add(sequence)
+        if adapter.asked_by is None and adapter.extent is None:
+            self._want(adapter, sequence.tenant, now)
         elif adapter.staged is None and key not in self._load_deadline_of:
             self._load_deadline_of[key] = now + self._load_seconds  # the answer is overdue already
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence does not wait any more; nothing happens if it did not."""
-        self._ready.discard(sequence)
+        self._policy.leave(sequence)
         adapter = self._adapter_of.get(sequence.adapter) if sequence.adapter else None
         if adapter is None:
             return
         discard(adapter.waiting, sequence)
         if adapter.extent is not None:
             self._room_may_be_found |= adapter.pins == 0
+        elif adapter.asked_by is None:
+            self._want_less(adapter, sequence.tenant)
         elif adapter.staged is not None and not adapter.waiting:
             self._give_up(adapter)
 
-    def prefetch(self, key: AdapterKey, token: str | None, now: float) -> None:
+    def prefetch(self, message: Prefetch, now: float) -> None:
         """Somebody will want this adapter soon."""
-        adapter = self._adapter_of.get(key)
-        if adapter is None:
-            self._load(Adapter(key), token, now)
-        else:
+        adapter = self._adapter_of.get(message.adapter)
+        if adapter is not None:
             self._touch(adapter)
+        elif self._loads[message.tenant] < MAX_LOADS:
+            adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
+            self._load(adapter, message.tenant, message.adapter_token, now)
 
     # --- who runs ---
 
@@ -153,8 +175,10 @@ class Adapters:
         return adapter.extent.slot, adapter.staged.content
 
     def pin(self, key: AdapterKey) -> None:
-        """Keep a resident adapter where it is until `unpin`."""
-        self._adapter_of[key].pins += 1
+        """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
+        adapter = self._adapter_of[key]
+        adapter.pins += 1
+        adapter.used = True
 
     def unpin(self, key: AdapterKey) -> None:
         adapter = self._adapter_of[key]
@@ -163,19 +187,21 @@ class Adapters:
 
     # --- what the loader says, or does not ---
 
-    def staged(self, message: AdapterStaged, now: float) -> None:
+    def staged(self, message: AdapterStaged) -> None:
         """The adapter lies in the arena; from now on its lease is ours."""
         adapter = self._adapter_of[message.adapter]
         self._load_deadline_of.pop(adapter.key, None)
         adapter.staged = message
-        adapter.staged_at = now
         self._without_room.append(adapter)
+        self._policy.block(adapter.key)
         self._room_may_be_found = True
 
     def failed(self, key: AdapterKey) -> list[Sequence]:
         """The adapter cannot be had. Returns those that waited for it."""
         self._load_deadline_of.pop(key, None)
-        return self._adapter_of.pop(key).waiting
+        adapter = self._adapter_of.pop(key)
+        self._load_is_over(adapter)
+        return adapter.waiting
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those that wait for a load that should have been answered. A later answer is used."""
@@ -193,13 +219,8 @@ class Adapters:
 
     # --- who has room in the pool ---
 
-    def barrier(self, now: float) -> Sequence | None:
-        """The oldest sequence that has been passed for long enough, see policy.py."""
-        adapter = self._passed_too_long(now)
-        return None if adapter is None else adapter.waiting[0]
-
     def place(self, now: float) -> tuple[list[PlaceAdapter], Failed]:
-        """Find room in the pool for staged adapters, the one that is waited for longest first.
+        """Find room in the pool for staged adapters, in the order of their turns.
 
         Returns what the worker has to do for those that have got it; they are pinned until it is
         `placed`. And the sequences that have to fail, since their adapter is larger than the whole
@@ -208,18 +229,19 @@ class Adapters:
         placements: list[PlaceAdapter] = []
         failed: Failed = []
         while self._room_may_be_found and self._without_room:
-            passed = self._passed_too_long(now)
+            overdue = self._policy.overdue(now)
             before = len(self._without_room)
-            for adapter in sorted(self._without_room, key=_urgency) if passed is None else [passed]:
+            for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now)) is not None:
                     placements.append(message)
                 elif not adapter.waiting:
                     self._give_up(adapter)
-            # with the passed one out of the way it is the others' turn
-            self._room_may_be_found = passed is not None and len(self._without_room) < before
+            # with these out of the way it is the others' turn
+            self._room_may_be_found = len(self._without_room) < before
         self._admit()
+        self._ask(now)
         return placements, failed
 
     def placed(self, slot: int) -> None:
@@ -242,8 +264,7 @@ class Adapters:
             for one in (adapter, *moved):
                 if not one.admits:
                     one.admits = True
-                    for sequence in one.waiting:
-                        self._ready.add(sequence)
+                    self._policy.admit(one.key)
 
     def _let_go(self, adapter: Adapter) -> None:
         adapter.pins -= 1
@@ -252,15 +273,16 @@ class Adapters:
     def _shut(self, adapter: Adapter) -> None:
         """Let nobody start with it."""
         adapter.admits = False
-        for sequence in adapter.waiting:
-            self._ready.discard(sequence)
+        self._policy.shut(adapter.key)
 
     def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
-        place = self._make_place(adapter)
+        place = self._make_place(adapter, now)
         if place is None:
             return None
         adapter.extent = place.extent
-        self._without_room.remove(adapter)
+        adapter.used = False
+        self._resident[adapter.key] = adapter
+        self._needs_no_room(adapter)
         self._touch(adapter)
         message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
         moved = [self._adapter_of[move.extent.key] for move in place.moves]
@@ -268,15 +290,20 @@ class Adapters:
             if one.pins == 0:
                 self._shut(one)  # it is moved behind the copies that are on their way
         for one in (adapter, *moved):
-            self.pin(one.key)
+            one.pins += 1
         self._arriving.append(_Placing(adapter, moved))
         for extent in place.evicted:
             self._evicted(self._adapter_of[extent.key], now)
         return message
 
-    def _make_place(self, adapter: Adapter) -> Place | None:
-        others = [other for other in self._adapter_of.values() if other.extent is not None]
-        candidates = [one for one in others if not one.pins and adapter.wanted_before(one)]
+    def _make_place(self, adapter: Adapter, now: float) -> Place | None:
+        others = self._resident.values()
+        overdue = self._policy.overdue(now) == adapter.key
+        candidates = [
+            one
+            for one in others
+            if not one.pins and (overdue or self._makes_room(one, adapter, now))
+        ]
         candidates.sort(key=_worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
         pinned = {other.extent for other in others if other.pins and other.extent is not None}
@@ -285,6 +312,29 @@ class Adapters:
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
         return place
+
+    def _makes_room(self, adapter: Adapter, other: Adapter, now: float) -> bool:
+        """Whether an adapter that is not pinned may be evicted for the other."""
+        if not adapter.waiting:
+            return True
+        if not adapter.used or not other.waiting:
+            return False
+        return self._policy.yields(adapter.key, other.key, now)
+
+    def _in_turn(self) -> list[Adapter]:
+        """The first of those without room; those that nobody waits for come last."""
+        first = self._first_in_turn(MAX_TRIES, self._without_room)
+        return first + [adapter for adapter in self._without_room if not adapter.waiting]
+
+    def _first_in_turn(self, most: int, adapters: Iterable[Adapter]) -> list[Adapter]:
+        waited_for = [adapter for adapter in adapters if adapter.waiting]
+        return heapq.nsmallest(most, waited_for, key=lambda one: self._policy.turn(one.key))
+
+    def _needs_no_room(self, adapter: Adapter) -> None:
+        """It has got room, or is given up."""
+        self._without_room.remove(adapter)
+        self._policy.unblock(adapter.key)
+        self._load_is_over(adapter)
 
     def _move(self, move: Move) -> AdapterMove:
         extent = move.extent
@@ -299,11 +349,13 @@ class Adapters:
     def _evicted(self, adapter: Adapter, now: float) -> None:
         adapter.extent = None
         adapter.staged = None
+        del self._resident[adapter.key]
         self._shut(adapter)
         if not adapter.waiting:
             del self._adapter_of[adapter.key]
             return
-        self._load(adapter, adapter.waiting[0].adapter_token, now)
+        for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
+            self._want(adapter, tenant, now)
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
@@ -314,14 +366,57 @@ class Adapters:
     def _give_up(self, adapter: Adapter) -> None:
         """Forget a staged adapter."""
         self._release(adapter)
-        self._without_room.remove(adapter)
+        self._needs_no_room(adapter)
         del self._adapter_of[adapter.key]
 
-    def _load(self, adapter: Adapter, token: str | None, now: float) -> Adapter:
-        self._adapter_of[adapter.key] = adapter
+    # --- who is asked for ---
+
+    def _want(self, adapter: Adapter, tenant: str, now: float) -> None:
+        """Ask for it as soon as this tenant may have one more load."""
+        if adapter.asked_by is not None:
+            return
+        if self._loads[tenant] >= MAX_LOADS:
+            self._wanted.setdefault(tenant, {})[adapter.key] = adapter
+            return
+        token = next(one.adapter_token for one in adapter.waiting if one.tenant == tenant)
+        self._load(adapter, tenant, token, now)
+
+    def _want_less(self, adapter: Adapter, tenant: str) -> None:
+        """One of this tenant does not wait any more for what has not been asked for."""
+        if all(sequence.tenant != tenant for sequence in adapter.waiting):
+            self._not_wanted(adapter, tenant)
+        if not adapter.waiting:
+            del self._adapter_of[adapter.key]
+
+    def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
+        wanted = self._wanted.get(tenant, {})
+        if wanted.pop(adapter.key, None) is not None and not wanted:
+            del self._wanted[tenant]
+
+    def _ask(self, now: float) -> None:
+        """For the next in turn of the tenants that may have more loads."""
+        tenants, self._may_ask = self._may_ask, set()
+        for tenant in tenants:
+            free = MAX_LOADS - self._loads[tenant]
+            for adapter in self._first_in_turn(free, self._wanted.get(tenant, {}).values()):
+                self._want(adapter, tenant, now)
+
+    def _load(self, adapter: Adapter, tenant: str, token: str | None, now: float) -> None:
+        for other in {tenant, *(sequence.tenant for sequence in adapter.waiting)}:
+            self._not_wanted(adapter, other)
+        adapter.asked_by = tenant
+        self._loads[tenant] += 1
         self._load_deadline_of[adapter.key] = now + self._load_seconds
         self._send(LoadAdapter(adapter.key, token))
-        return adapter
+
+    def _load_is_over(self, adapter: Adapter) -> None:
+        """It has room, or cannot have any, or cannot be had."""
+        assert adapter.asked_by is not None
+        tenant, adapter.asked_by = adapter.asked_by, None
+        self._loads[tenant] -= 1
+        if not self._loads[tenant]:
+            del self._loads[tenant]
+        self._may_ask.add(tenant)
 
     def _release(self, adapter: Adapter) -> None:
         assert adapter.staged is not None
@@ -330,14 +425,6 @@ class Adapters:
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1
         adapter.last_used = self._uses
-
-    def _passed_too_long(self, now: float) -> Adapter | None:
-        passed = [
-            adapter
-            for adapter in self._without_room
-            if adapter.waiting and now - adapter.staged_at >= MAX_OVERTAKING_SECONDS
-        ]
-        return min(passed, key=_urgency, default=None)
 
 
 def _nbytes(adapter: Adapter) -> int:
@@ -356,11 +443,6 @@ def _copy(adapter: Adapter) -> AdapterCopy:
         nbytes=staged.nbytes,
         ranks=staged.ranks,
     )
-
-
-def _urgency(adapter: Adapter) -> tuple[bool, int]:
-    """Those that nobody waits for come last."""
-    return (not adapter.waiting, adapter.waiting[0].order if adapter.waiting else 0)
 
 
 def _worth(adapter: Adapter) -> tuple[bool, int]:

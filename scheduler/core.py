@@ -12,7 +12,7 @@ Adapters are brought in beside the steps, as soon as there is room for them.
 
 import heapq
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 
 from pipeline.config import Settings
@@ -37,9 +37,10 @@ from pipeline.messages import (
 from scheduler import failures
 from scheduler.adapters import Adapters
 from scheduler.batch import Batch
+from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
 from scheduler.kv_blocks import KvBlocks
-from scheduler.policy import ReadyQueue
+from scheduler.policy import Policy
 from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_plan import Flight, StepPlan
@@ -50,16 +51,28 @@ Envelope = tuple[str, int, Message]  # destination process, its index, what it g
 
 
 class Scheduler:
-    """The core. See the module's docstring for how it is driven."""
+    """The core. See the module's docstring for how it is driven.
 
-    def __init__(self, *, settings: Settings, eos_token_ids: Iterable[int]) -> None:
+    policy  who is next; the product's own unless given
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        eos_token_ids: Iterable[int],
+        policy: Policy | None = None,
+    ) -> None:
         self._settings = settings
         self._eos = frozenset(eos_token_ids)
         self._outbox: list[Envelope] = []
         self._replies = [Reply() for _ in range(settings.tokenizer_workers)]
-        self._ready = ReadyQueue()
+        self._policy = policy or FairShare(
+            max_overtaking_seconds=settings.max_overtaking_seconds,
+            max_tenant_running=settings.max_tenant_running,
+        )
         self._adapters = Adapters(
-            ready=self._ready,
+            policy=self._policy,
             send=lambda message: self._outbox.append(("adapter_loader", 0, message)),
             load_seconds=settings.adapter_load_seconds,
         )
@@ -69,6 +82,7 @@ class Scheduler:
         self._step_tokens = 0
         self._batch = self._new_batch(rows=0, kv_blocks=0, block_tokens=1)  # until it is ready
         self._submitted = 0
+        self._unstarted: Counter[str] = Counter()  # requests that have not, by tenant
         self._sequence_of: dict[int, Sequence] = {}  # by request
         self._start_deadlines: list[tuple[float, int, Sequence]] = []  # heap
         self._resting: list[Sequence] = []  # preempted, with tokens in flight
@@ -97,13 +111,18 @@ class Scheduler:
         self._attach_arena()
 
     def prefetch(self, message: Prefetch, now: float) -> None:
-        self._adapters.prefetch(message.adapter, message.adapter_token, now)
+        self._adapters.prefetch(message, now)
 
     def submit(self, message: Submit, now: float) -> None:
         self._submitted += 1
         sequence = Sequence(message, order=self._submitted, eos=self._eos)
         self._sequence_of[sequence.request_id] = sequence
+        self._unstarted[sequence.tenant] += 1
         if self._worker is not None and not self._check_fits(sequence, now):
+            return
+        limit = self._settings.max_tenant_waiting
+        if limit and self._unstarted[sequence.tenant] > limit:
+            self._fail(sequence, failures.tenant_waits(limit), now)
             return
         deadline = sequence.arrived + self._settings.max_wait_seconds
         heapq.heappush(self._start_deadlines, (deadline, sequence.order, sequence))
@@ -114,8 +133,8 @@ class Scheduler:
         if sequence is not None:
             self._remove(sequence)
 
-    def adapter_staged(self, message: AdapterStaged, now: float) -> None:
-        self._adapters.staged(message, now)
+    def adapter_staged(self, message: AdapterStaged) -> None:
+        self._adapters.staged(message)
 
     def adapter_failed(self, message: AdapterFailed, now: float) -> None:
         for sequence in self._adapters.failed(message.adapter):
@@ -131,6 +150,7 @@ class Scheduler:
         if flight.step_id != message.step_id:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
         token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
+        self._policy.produced(flight.sampled)
         self._take_tokens(flight.sampled, token_ids, logprobs, now)
         for key in flight.unpins:
             self._adapters.unpin(key)
@@ -279,9 +299,8 @@ class Scheduler:
         """As many as rows, blocks and the rest of the step's budget allow."""
         if self._resting:
             return  # nobody takes the blocks of one that was preempted before it can come back
-        barrier = self._adapters.barrier(now)
         while budget and self._batch.has_room:
-            sequence = self._ready.first(barrier)
+            sequence = self._policy.first(now)
             if sequence is None:
                 return
             budget -= self._start(sequence, plan, budget, now)
@@ -297,10 +316,12 @@ class Scheduler:
         tokens = self._batch.start(sequence, slot, plan, budget)
         if tokens == 0:
             return 0
+        self._policy.start(sequence, sequence.prefill_end - plan.new_rows[-1].cached_tokens, now)
         if key is not None:
             self._adapters.pin(key)
         self._adapters.leave(sequence)
         if sequence.started is None:
+            self._waits_no_more(sequence)
             sequence.started = now
             sequence.cached_tokens = plan.new_rows[-1].cached_tokens
             self._hit_tokens += sequence.cached_tokens
@@ -354,6 +375,8 @@ class Scheduler:
         """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
         sequence.ended = True
         del self._sequence_of[sequence.request_id]
+        if sequence.started is None:
+            self._waits_no_more(sequence)
         if sequence.table is not None:
             self._batch.vacate(sequence)
             self._unpin(sequence)
@@ -362,6 +385,13 @@ class Scheduler:
         else:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
+        self._policy.end(sequence)
+
+    def _waits_no_more(self, sequence: Sequence) -> None:
+        """For its first start; its tenant may let another wait."""
+        self._unstarted[sequence.tenant] -= 1
+        if not self._unstarted[sequence.tenant]:
+            del self._unstarted[sequence.tenant]
 
     def _unpin(self, sequence: Sequence) -> None:
         """It does not run any more, but its row in the newest step in flight may."""

@@ -17,6 +17,12 @@ def waited_too_long(seconds: float) -> Failure:
     )
 
 
+def tenant_waits(limit: int) -> Failure:
+    return Failure(
+        429, FailureKind.OVERLOADED, f"{limit} requests of yours wait already, as many as may"
+    )
+
+
 def load_too_slow(adapter: AdapterKey, seconds: float) -> Failure:
     return Failure(
         503,

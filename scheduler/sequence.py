@@ -40,6 +40,7 @@ class Sequence:
         "sampling",
         "started",
         "table",
+        "tenant",
         "token_ids",
         "worker",
     )
@@ -50,6 +51,7 @@ class Sequence:
         self.arrived = submit.arrived
         self.adapter = submit.adapter
         self.adapter_token = submit.adapter_token
+        self.tenant = submit.tenant
         self.sampling = submit.sampling
         self.logprobs = submit.logprobs
         self.order = order  # of submission among all requests

@@ -43,6 +43,7 @@ PURE = (
     "scheduler/kv_blocks.py",
     "scheduler/adapter_pool.py",
     "scheduler/policy.py",
+    "scheduler/fair_share.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
     "tokenizer_workers/stop_strings.py",

@@ -193,6 +193,7 @@ class Core:
                 sampling=prompt.sampling,
                 ignore_eos=prompt.ignore_eos,
                 logprobs=prompt.token_details,
+                tenant=prompt.tenant,
             )
         )
 

@@ -1,12 +1,12 @@
 """Adapters: loaded once, passed by others, placed, pinned, evicted; leases always come back."""
 
 from pipeline.messages import AdapterKey, FailureKind, FinishReason, LoadAdapter, ReleaseAdapter
-from scheduler.adapters import MAX_BYTES_AHEAD
-from scheduler.policy import MAX_OVERTAKING_SECONDS
+from scheduler.adapters import MAX_BYTES_AHEAD, MAX_LOADS
 from tests.scheduler.fake_loader import NOT_FOUND
 from tests.scheduler.fake_worker import BASE, reply
-from tests.scheduler.world import World, key
+from tests.scheduler.world import SETTINGS, World, key
 
+OVERTAKING_SECONDS = SETTINGS.max_overtaking_seconds
 HALF = 2048  # bytes; of the pool of a World
 
 
@@ -279,7 +279,7 @@ def test_a_prefetched_adapter_does_not_push_out_one_that_is_waited_for() -> None
     assert world.finished[waiting].reason is FinishReason.LENGTH
 
 
-def test_the_older_request_takes_the_room_of_an_adapter_that_only_a_later_one_waits_for() -> None:
+def test_an_adapter_that_has_got_room_is_used_before_it_makes_room_for_an_older_request() -> None:
     world = World(slots=1, rows=1)
     world.submit(max_tokens=30)
     older = world.submit(adapter="a")
@@ -289,8 +289,20 @@ def test_the_older_request_takes_the_room_of_an_adapter_that_only_a_later_one_wa
     world.step()
     world.stage(0)
     world.run()
-    assert loads(world) == [key("a"), key("b"), key("b")]
-    assert list(world.finished)[1:] == [older, later]
+    assert loads(world) == [key("a"), key("b")]
+    assert list(world.finished)[1:] == [later, older]
+
+
+def test_the_older_request_takes_the_room_of_a_used_adapter_that_a_later_one_waits_for() -> None:
+    world = World(slots=1, rows=1)
+    make_resident(world, "b")
+    world.submit(max_tokens=30)
+    older = world.submit(adapter="a")
+    later = world.submit(adapter="b")
+    world.stage()
+    world.run()
+    assert loads(world) == [key("b"), key("a"), key("b")]
+    assert list(world.finished)[2:] == [older, later]
 
 
 def test_one_that_needs_much_room_is_not_passed_for_ever() -> None:
@@ -302,7 +314,7 @@ def test_one_that_needs_much_room_is_not_passed_for_ever() -> None:
     for count in range(80):
         if count % 10 == 0:  # so that a is in use all the time
             world.submit(adapter="a", max_tokens=30)
-            world.wait(MAX_OVERTAKING_SECONDS / 2)
+            world.wait(OVERTAKING_SECONDS / 2)
         world.step()
         if large in world.finished:
             break
@@ -316,11 +328,13 @@ def test_the_base_model_passes_one_that_needs_much_room() -> None:
     world.stage(nbytes=HALF)
     large = world.submit(adapter="large")
     world.stage(nbytes=HALF)
-    world.wait(MAX_OVERTAKING_SECONDS)
+    passes = world.submit(adapter="a", max_tokens=2)
+    world.step()
+    world.wait(OVERTAKING_SECONDS)
     base = world.submit(max_tokens=2)
     also_a = world.submit(adapter="a", max_tokens=9)
     world.run()
-    assert list(world.finished) == [base, running, large, also_a]
+    assert list(world.finished) == [passes, base, running, large, also_a]
 
 
 def test_small_adapters_do_not_take_the_room_that_a_large_one_waits_for() -> None:
@@ -329,11 +343,13 @@ def test_small_adapters_do_not_take_the_room_that_a_large_one_waits_for() -> Non
     world.stage(nbytes=HALF)
     large = world.submit(adapter="large")
     world.stage(nbytes=2 * HALF)
-    world.wait(MAX_OVERTAKING_SECONDS)
+    passes = world.submit(adapter="a", max_tokens=2)
+    world.step()
+    world.wait(OVERTAKING_SECONDS)
     small = world.submit(adapter="small")
     world.stage(nbytes=HALF)
     world.run()
-    assert list(world.finished) == [running, large, small]
+    assert list(world.finished) == [passes, running, large, small]
     assert loads(world).count(key("small")) == 1
 
 
@@ -355,24 +371,71 @@ def test_room_is_found_when_the_one_it_was_kept_for_is_cancelled() -> None:
 
 
 def test_a_request_does_not_go_on_with_other_bytes_under_the_same_name() -> None:
-    world = World(kv_blocks=8, block_tokens=4, slots=1, prefix_cache=False)
-    oldest = world.submit([3], adapter="poet", max_tokens=2)
-    world.submit([1] * 5, max_tokens=24)
-    preempted = world.submit([2] * 5, adapter="sql", max_tokens=24)
-    world.stage(1)
+    world = World(kv_blocks=9, block_tokens=4, slots=1, prefix_cache=False)
+    world.submit([1] * 5, max_tokens=28)
+    preempted = world.submit([2] * 5, adapter="sql", max_tokens=28)
+    world.stage()
+    poet = world.submit([3], adapter="poet", max_tokens=2)
+    world.stage()
+    world.submit([2], adapter="sql", max_tokens=1)  # passes poet
+    world.step()
+    world.wait(OVERTAKING_SECONDS)
     while world.core.figures().preemptions == 0:
         world.step()
-    world.stage()  # poet takes the only slot
-    while not world.loader.loads:
+    while not world.loader.loads:  # poet takes the only slot
         world.step()
     world.stage(content="sql, second edition")
     world.run()
-    assert world.finished[oldest].reason is FinishReason.LENGTH
+    assert world.finished[poet].reason is FinishReason.LENGTH
     failure = world.finished[preempted].failure
     assert failure is not None
     assert (failure.status, failure.kind) == (503, FailureKind.ADAPTER_UNAVAILABLE)
     produced = world.tokens[preempted]
     assert produced == reply("sql", [2] * 5, len(produced), ignore_eos=True)
+
+
+def test_a_tenant_that_wants_many_adapters_has_a_bounded_number_of_loads_at_a_time() -> None:
+    world = World(pool_bytes=100 * 512, slots=100)
+    flood = [f"flood {number}" for number in range(MAX_LOADS + 8)]
+    requests = [world.submit(adapter=adapter, tenant="flood") for adapter in flood]
+    assert loads(world) == [key(adapter) for adapter in flood[:MAX_LOADS]]
+    world.submit(adapter="victim", tenant="victim")
+    assert loads(world)[-1] == key("victim")
+    world.cancel(requests[MAX_LOADS])
+    world.stage()
+    assert loads(world)[-1] == key(flood[MAX_LOADS + 1])
+    world.fail_load()
+    assert loads(world)[-1] == key(flood[MAX_LOADS + 2])
+    world.run()
+    assert len(world.finished) == len(flood)
+
+
+def test_an_adapter_that_another_tenant_wants_as_well_is_asked_for_on_its_account() -> None:
+    world = World(pool_bytes=100 * 512, slots=100)
+    for number in range(MAX_LOADS):
+        world.submit(adapter=f"flood {number}", tenant="flood")
+    shared = world.submit(adapter="shared", tenant="flood")
+    assert key("shared") not in loads(world)
+    world.submit(adapter="shared", tenant="victim")
+    assert loads(world)[-1] == key("shared")
+    world.run()
+    assert loads(world).count(key("shared")) == 1
+    assert world.finished[shared].reason is FinishReason.LENGTH
+
+
+def test_what_has_not_been_asked_for_is_not_overdue_and_a_prefetch_of_it_is_not_either() -> None:
+    world = World(pool_bytes=100 * 512, slots=100)
+    for number in range(MAX_LOADS):
+        world.submit(adapter=f"flood {number}", max_tokens=1)
+    late = world.submit(adapter="late", max_tokens=1)
+    world.prefetch("too many")
+    world.wait(99.0)
+    for _ in range(MAX_LOADS):
+        world.stage()
+    world.wait(99.0)
+    world.run()
+    assert world.finished[late].reason is FinishReason.LENGTH
+    assert key("too many") not in loads(world)
 
 
 def fragmented(world: World, *, running: bool) -> dict[str, int]:

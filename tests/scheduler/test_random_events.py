@@ -27,6 +27,7 @@ requests = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 24),
         "adapter": st.sampled_from((None, None, *ADAPTERS)),
         "ignore_eos": st.booleans(),
+        "tenant": st.sampled_from(("", "one", "another")),
     }
 )
 
@@ -40,8 +41,11 @@ class AnyOrder(RuleBasedStateMachine):
         slots=st.integers(1, 6),
         started=st.booleans(),
         workers=st.integers(1, 2),
+        limits=st.sampled_from(((0, 0), (0, 0), (2, 3))),
     )
-    def begin(self, started: bool, chunk: int, workers: int, **sizes: Any) -> None:
+    def begin(
+        self, started: bool, chunk: int, workers: int, limits: tuple[int, int], **sizes: Any
+    ) -> None:
         self.world = World(
             pool_bytes=POOL_BYTES,
             prefill_chunk_tokens=chunk,
@@ -49,6 +53,8 @@ class AnyOrder(RuleBasedStateMachine):
             max_wait_seconds=20.0,
             adapter_load_seconds=5.0,
             tokenizer_workers=workers,
+            max_tenant_running=limits[0],
+            max_tenant_waiting=limits[1],
             **sizes,
         )
         self.workers = workers
@@ -162,7 +168,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert world.core.figures().kv_blocks_used == 0
         rows = world.settings.rows
         for number in range(rows):
-            world.submit((number + 1,), max_tokens=6)
+            world.submit((number + 1,), max_tokens=6, tenant=str(number))
             world.step()
         assert world.core.figures().requests_running == rows
         world.run()

@@ -21,8 +21,10 @@ from pipeline.messages import (
     Tokens,
 )
 from scheduler.core import Envelope, Scheduler
+from scheduler.fair_share import FairShare
 from tests.scheduler.fake_loader import FakeLoader
 from tests.scheduler.fake_worker import EOS, FakeWorker
+from tests.scheduler.watched import Watched
 
 SETTINGS = Settings(rows=4, step_tokens=16, max_wait_seconds=1000.0, adapter_load_seconds=100.0)
 
@@ -45,7 +47,12 @@ class World:
         **settings: Any,
     ) -> None:
         self.settings = msgspec.structs.replace(SETTINGS, **settings)
-        self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,))
+        self.fair_share = FairShare(
+            max_overtaking_seconds=self.settings.max_overtaking_seconds,
+            max_tenant_running=self.settings.max_tenant_running,
+        )
+        self.watched = Watched(self.fair_share)
+        self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self.worker = FakeWorker(
             arena=self.loader.arena,
@@ -87,6 +94,7 @@ class World:
         ignore_eos: bool = True,
         worker: int = 0,
         logprobs: bool = False,
+        tenant: str = "",
     ) -> int:
         """Returns the request's number."""
         request = Submit(
@@ -98,6 +106,7 @@ class World:
             adapter=None if adapter is None else key(adapter),
             ignore_eos=ignore_eos,
             logprobs=logprobs,
+            tenant=tenant,
         )
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = []
@@ -116,7 +125,7 @@ class World:
         self.settle()
 
     def stage(self, which: int = 0, *, content: str = "", nbytes: int = 512) -> None:
-        self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes), self.now)
+        self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes))
         self.settle()
 
     def fail_load(self, which: int = 0) -> None:
