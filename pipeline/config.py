@@ -175,6 +175,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     prefill_chunk_tokens: Annotated[
         int, Meta(ge=0, description="tokens of one prompt in one step; 0: as many as step_tokens")
     ] = 0
+    max_step_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="time that prompts may make a step take that others decode in, seconds; "
+            "0: any",
+        ),
+    ] = 0.2
     prefix_cache: Annotated[bool, Meta(description="reuse the KV of equal prompt beginnings")] = (
         True
     )

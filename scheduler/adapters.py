@@ -61,6 +61,7 @@ class Adapter:
         "key",
         "last_used",
         "pins",
+        "running",
         "staged",
         "used",
         "waiting",
@@ -74,6 +75,7 @@ class Adapter:
         self.extent: Extent | None = None  # while it is resident, or its copy is on its way
         self.admits = False  # those that wait may start
         self.pins = 0
+        self.running = 0  # those of the pins that are of sequences
         self.used = False  # somebody has started with it since it has its extent
         self.last_used = 0  # counts up over all adapters
 
@@ -113,6 +115,7 @@ class Adapters:
         self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
         self._uses = 0
+        self.running_bytes = 0  # of those that sequences run with
 
     @property
     def resident(self) -> int:
@@ -177,12 +180,18 @@ class Adapters:
     def pin(self, key: AdapterKey) -> None:
         """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
         adapter = self._adapter_of[key]
+        if not adapter.running:
+            self.running_bytes += _nbytes(adapter)
+        adapter.running += 1
         adapter.pins += 1
         adapter.used = True
 
     def unpin(self, key: AdapterKey) -> None:
         adapter = self._adapter_of[key]
         self._touch(adapter)
+        adapter.running -= 1
+        if not adapter.running:
+            self.running_bytes -= _nbytes(adapter)
         self._let_go(adapter)
 
     # --- what the loader says, or does not ---

@@ -44,6 +44,7 @@ class Batch:
         """
         preempted: list[Sequence] = []
         rows, sampled = plan.decode_rows, plan.sampled
+        kv_tokens = 0
         for sequence in self._running:  # its tail may go meanwhile, never what has been passed
             fed = sequence.fed
             if not sequence.prefill_end <= fed < sequence.last_fed:
@@ -51,8 +52,10 @@ class Batch:
             if fed == sequence.capacity and not self._grow(sequence, plan, preempted):
                 continue
             sequence.fed = fed + 1
+            kv_tokens += fed
             rows.append(sequence.row)
             sampled.append(sequence)
+        plan.kv_tokens = kv_tokens
         self.preemptions += len(preempted)
         return preempted
 

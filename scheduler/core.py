@@ -43,6 +43,7 @@ from scheduler.kv_blocks import KvBlocks
 from scheduler.policy import Policy
 from scheduler.reply import Reply
 from scheduler.sequence import Sequence
+from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -88,6 +89,8 @@ class Scheduler:
         self._resting: list[Sequence] = []  # preempted, with tokens in flight
         self._steps_sent = 0
         self._flights: deque[Flight] = deque()
+        self._step_done_at = 0.0  # the latest
+        self._cost = StepCost()
         self._hit_tokens = 0
         self._generated = 0
 
@@ -149,6 +152,8 @@ class Scheduler:
         flight = self._flights.popleft()
         if flight.step_id != message.step_id:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
+        self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
+        self._step_done_at = now
         token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
         self._policy.produced(flight.sampled)
         self._take_tokens(flight.sampled, token_ids, logprobs, now)
@@ -195,14 +200,25 @@ class Scheduler:
         plan = StepPlan()
         for sequence in self._batch.decode(plan):
             self._preempted(sequence, now)
-        budget = self._step_tokens - len(plan.decode_rows)
+        budget = self._prompt_budget(plan)
         budget = self._batch.continue_prefills(plan, budget)
         self._start_sequences(plan, budget, now)
         if plan.is_empty():
             return None
         self._steps_sent += 1
-        self._flights.append(Flight(self._steps_sent, plan.sampled))
+        work = plan.work(self._adapters.running_bytes)
+        self._flights.append(Flight(self._steps_sent, plan.sampled, work, now))
         return plan.step(self._steps_sent, self._batch.seal(plan))
+
+    def _prompt_budget(self, plan: StepPlan) -> int:
+        """Tokens of prompts for a step with these decode rows, whose streams wait for it."""
+        budget = self._step_tokens - len(plan.decode_rows)
+        seconds = self._settings.max_step_seconds
+        if not (seconds and plan.decode_rows):
+            return budget
+        work = plan.work(self._adapters.running_bytes)
+        within = self._cost.prompt_tokens_within(seconds, work)
+        return budget if within is None else min(budget, within)
 
     def take_outbox(self) -> list[Envelope]:
         """What is to be sent to whom, in this order; afterwards the outbox is empty."""

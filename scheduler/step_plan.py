@@ -4,6 +4,7 @@ from array import array
 
 from pipeline.messages import AdapterKey, NewRow, Step
 from scheduler.sequence import Sequence
+from scheduler.step_cost import Work
 
 
 class StepPlan:
@@ -15,12 +16,14 @@ class StepPlan:
         "chunked",
         "chunks",
         "decode_rows",
+        "kv_tokens",
         "new_rows",
         "sampled",
     )
 
     def __init__(self) -> None:
         self.decode_rows: list[int] = []
+        self.kv_tokens = 0  # that the decode rows attend to
         self.sampled: list[Sequence] = []  # one token each, decode rows first
         self.chunks: list[int] = []  # row, start, count of each
         self.chunked: list[Sequence] = []
@@ -30,6 +33,9 @@ class StepPlan:
 
     def is_empty(self) -> bool:
         return not (self.decode_rows or self.chunks)
+
+    def work(self, adapter_bytes: int) -> Work:
+        return Work(len(self.decode_rows), self.kv_tokens, adapter_bytes, sum(self.chunks[2::3]))
 
     def step(self, step_id: int, free_rows: list[int]) -> Step:
         return Step(
@@ -46,11 +52,13 @@ class StepPlan:
 class Flight:
     """A step that the worker has and has not reported."""
 
-    __slots__ = ("sampled", "step_id", "unpins")
+    __slots__ = ("sampled", "sent", "step_id", "unpins", "work")
 
-    def __init__(self, step_id: int, sampled: list[Sequence]) -> None:
+    def __init__(self, step_id: int, sampled: list[Sequence], work: Work, sent: float) -> None:
         self.step_id = step_id
         self.sampled = sampled
+        self.work = work
+        self.sent = sent  # when
         self.unpins: list[AdapterKey] = []  # one for each sequence that ended after it was sent
 
 
