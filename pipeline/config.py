@@ -79,6 +79,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     failed_load_seconds: Annotated[
         float, Meta(ge=0, description="time a remote adapter's failure is remembered, seconds")
     ] = 10.0
+    adapter_revalidate_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="time that a loaded adapter is served without its source being asked "
+            "whether it has changed and may still be read, seconds; 0: each request asks",
+        ),
+    ] = 60.0
     disk_cache_bytes: Annotated[
         int, Meta(ge=0, description="disk for downloaded adapters, the hub's aside, bytes")
     ] = 64 << 30

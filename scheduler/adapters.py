@@ -16,6 +16,14 @@ free, but not in a row, others are moved together: those that are not pinned, an
 not help, those that run as well. Only the first few in turn are looked at, as often as room may be
 found: there may be hundreds.
 
+The loader is asked again about an adapter that is there, with the token of whoever wants it now:
+it says whether its source still lets it be read, and whether the content is still the same.
+Requests that come within `revalidate_seconds` of the last question that was answered well start at
+once; in the second half of that time they have the loader asked beside it, so that an adapter in
+steady use is waited for by nobody. Later ones wait for the answer. Another content is another
+Adapter; the outdated one goes on under a key of its own for the sequences that have started with
+it, and goes with the last of them.
+
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
 the step would hold up all its rows for.
@@ -27,12 +35,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import msgspec
+
 from pipeline.messages import (
     AdapterCopy,
     AdapterKey,
     AdapterMove,
     AdapterStaged,
     Failure,
+    FailureKind,
     LoadAdapter,
     PlaceAdapter,
     Prefetch,
@@ -52,14 +63,18 @@ Failed = list[tuple[Sequence, Failure]]
 
 
 class Adapter:
-    """One adapter that is not absent."""
+    """One content of an adapter that is not absent."""
 
     __slots__ = (
         "admits",
+        "asked_at",
         "asked_by",
+        "confirmed_at",
         "extent",
+        "in_doubt",
         "key",
         "last_used",
+        "loading",
         "pins",
         "running",
         "staged",
@@ -71,9 +86,13 @@ class Adapter:
         self.key = key
         self.waiting: list[Sequence] = []  # in order; those that want to start with it
         self.asked_by: str | None = None  # the tenant whose load it is, until it has room
+        self.loading = False  # the loader owes an answer
+        self.asked_at = 0.0  # when it was asked last
+        self.confirmed_at = 0.0  # when it was asked what it has answered well
+        self.in_doubt = False  # those that wait, wait for the loader's answer
         self.staged: AdapterStaged | None = None  # the latest answer of the loader
         self.extent: Extent | None = None  # while it is resident, or its copy is on its way
-        self.admits = False  # those that wait may start
+        self.admits = False  # those that wait may start, unless it is in doubt
         self.pins = 0
         self.running = 0  # those of the pins that are of sequences
         self.used = False  # somebody has started with it since it has its extent
@@ -100,13 +119,17 @@ class Adapters:
         policy: Policy,
         send: Callable[[LoadAdapter | ReleaseAdapter], None],
         load_seconds: float,
+        revalidate_seconds: float,
     ) -> None:
         self._policy = policy
         self._send = send
         self._load_seconds = load_seconds
+        self._revalidate_seconds = revalidate_seconds
         self._pool = AdapterPool(nbytes=0, slots=0)  # until the worker is ready
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._resident: dict[AdapterKey, Adapter] = {}  # those of them that have an extent
+        self._outdated: list[Adapter] = []  # that sequences have started with
+        self._retired = 0  # how many there ever were
         self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
         self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
         self._may_ask: set[str] = set()  # tenants that have fewer loads than before
@@ -132,6 +155,8 @@ class Adapters:
 
     def join(self, sequence: Sequence, now: float) -> None:
         """The sequence waits to start, from now on."""
+        started_with = self._outdated_for(sequence)
+        sequence.adapter = sequence.named if started_with is None else started_with.key
         self._policy.join(sequence)
         key = sequence.adapter
         if key is None:
@@ -139,10 +164,13 @@ class Adapters:
         adapter = self._adapter_of.get(key)
         if adapter is None:
             adapter = self._adapter_of[key] = Adapter(key)
+        if sequence.started is None:
+            self._revalidate(adapter, sequence.adapter_token, now)
+            self._doubt_if_old(adapter, now)
         insort(adapter.waiting, sequence, key=by_order)
-        if adapter.asked_by is None and adapter.extent is None:
+        if adapter.staged is None and adapter.asked_by is None:
             self._want(adapter, sequence.tenant, now)
-        elif adapter.staged is None and key not in self._load_deadline_of:
+        elif adapter.loading and key not in self._load_deadline_of:
             self._load_deadline_of[key] = now + self._load_seconds  # the answer is overdue already
 
     def leave(self, sequence: Sequence) -> None:
@@ -154,7 +182,8 @@ class Adapters:
         discard(adapter.waiting, sequence)
         if adapter.extent is not None:
             self._room_may_be_found |= adapter.pins == 0
-        elif adapter.asked_by is None:
+            self._drop_if_done(adapter)
+        elif adapter.staged is None and adapter.asked_by is None:
             self._want_less(adapter, sequence.tenant)
         elif adapter.staged is not None and not adapter.waiting:
             self._give_up(adapter)
@@ -164,30 +193,31 @@ class Adapters:
         adapter = self._adapter_of.get(message.adapter)
         if adapter is not None:
             self._touch(adapter)
+            self._revalidate(adapter, message.adapter_token, now)
         elif self._loads[message.tenant] < MAX_LOADS:
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
             self._load(adapter, message.tenant, message.adapter_token, now)
 
     # --- who runs ---
 
-    def resident_at(self, key: AdapterKey) -> tuple[int, str]:
-        """The slot of a resident adapter, and the digest of its content."""
+    def resident_at(self, key: AdapterKey) -> tuple[Extent, str]:
+        """Where a resident adapter lies, and the digest of its content."""
         adapter = self._adapter_of[key]
         assert adapter.extent is not None
         assert adapter.staged is not None
-        return adapter.extent.slot, adapter.staged.content
+        return adapter.extent, adapter.staged.content
 
-    def pin(self, key: AdapterKey) -> None:
+    def pin(self, extent: Extent) -> None:
         """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
-        adapter = self._adapter_of[key]
+        adapter = self._resident[extent.key]
         if not adapter.running:
             self.running_bytes += _nbytes(adapter)
         adapter.running += 1
         adapter.pins += 1
         adapter.used = True
 
-    def unpin(self, key: AdapterKey) -> None:
-        adapter = self._adapter_of[key]
+    def unpin(self, extent: Extent) -> None:
+        adapter = self._resident[extent.key]
         self._touch(adapter)
         adapter.running -= 1
         if not adapter.running:
@@ -199,18 +229,32 @@ class Adapters:
     def staged(self, message: AdapterStaged) -> None:
         """The adapter lies in the arena; from now on its lease is ours."""
         adapter = self._adapter_of[message.adapter]
-        self._load_deadline_of.pop(adapter.key, None)
+        self._answered(adapter)
+        adapter.confirmed_at = adapter.asked_at
+        if adapter.staged is not None:
+            if adapter.staged.content == message.content:
+                self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+                self._clear(adapter)
+                return
+            adapter = self._replace(adapter)
         adapter.staged = message
         self._without_room.append(adapter)
         self._policy.block(adapter.key)
         self._room_may_be_found = True
 
-    def failed(self, key: AdapterKey) -> list[Sequence]:
-        """The adapter cannot be had. Returns those that waited for it."""
-        self._load_deadline_of.pop(key, None)
-        adapter = self._adapter_of.pop(key)
-        self._load_is_over(adapter)
-        return adapter.waiting
+    def failed(self, key: AdapterKey, failure: Failure, now: float) -> list[Sequence]:
+        """The adapter cannot be had, or not any more. Returns those that fail with it."""
+        adapter = self._adapter_of[key]
+        self._answered(adapter)
+        if adapter.staged is None:
+            del self._adapter_of[key]
+            self._load_is_over(adapter)
+            return adapter.waiting
+        if failure.kind == FailureKind.ADAPTER_UNAVAILABLE:
+            return self._unconfirmed(adapter, now)
+        refused = _not_started(adapter)
+        self._retire(adapter)
+        return refused
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those that wait for a load that should have been answered. A later answer is used."""
@@ -220,7 +264,7 @@ class Adapters:
             if deadline > now:
                 break
             del self._load_deadline_of[key]
-            sequences += self._adapter_of[key].waiting
+            sequences += self._unconfirmed(self._adapter_of[key], now)
         return sequences
 
     def next_deadline(self) -> float | None:
@@ -243,7 +287,7 @@ class Adapters:
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
-                elif (message := self._find_room(adapter, now)) is not None:
+                elif (message := self._find_room(adapter, now, failed)) is not None:
                     placements.append(message)
                 elif not adapter.waiting:
                     self._give_up(adapter)
@@ -273,18 +317,21 @@ class Adapters:
             for one in (adapter, *moved):
                 if not one.admits:
                     one.admits = True
-                    self._policy.admit(one.key)
+                    if not one.in_doubt:
+                        self._policy.admit(one.key)
 
     def _let_go(self, adapter: Adapter) -> None:
         adapter.pins -= 1
         self._room_may_be_found |= adapter.pins == 0
+        self._drop_if_done(adapter)
 
     def _shut(self, adapter: Adapter) -> None:
         """Let nobody start with it."""
         adapter.admits = False
         self._policy.shut(adapter.key)
 
-    def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
+    def _find_room(self, adapter: Adapter, now: float, failed: Failed) -> PlaceAdapter | None:
+        """Sequences that cannot go on without what is evicted for it are added to `failed`."""
         place = self._make_place(adapter, now)
         if place is None:
             return None
@@ -302,7 +349,7 @@ class Adapters:
             one.pins += 1
         self._arriving.append(_Placing(adapter, moved))
         for extent in place.evicted:
-            self._evicted(self._adapter_of[extent.key], now)
+            failed += self._evicted(self._adapter_of[extent.key], now)
         return message
 
     def _make_place(self, adapter: Adapter, now: float) -> Place | None:
@@ -355,16 +402,21 @@ class Adapters:
             in_use=self._adapter_of[extent.key].pins > 0,
         )
 
-    def _evicted(self, adapter: Adapter, now: float) -> None:
+    def _evicted(self, adapter: Adapter, now: float) -> Failed:
+        """It is loaded again for those that wait. What is outdated cannot be had again."""
         adapter.extent = None
         adapter.staged = None
+        adapter.in_doubt = False  # it is loaded again before anybody starts with it
         del self._resident[adapter.key]
         self._shut(adapter)
+        if adapter in self._outdated:
+            self._forget(adapter)
+            return [(one, failures.adapter_changed(adapter.key)) for one in adapter.waiting]
         if not adapter.waiting:
-            del self._adapter_of[adapter.key]
-            return
+            self._forget(adapter)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
             self._want(adapter, tenant, now)
+        return []
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
@@ -376,7 +428,16 @@ class Adapters:
         """Forget a staged adapter."""
         self._release(adapter)
         self._needs_no_room(adapter)
-        del self._adapter_of[adapter.key]
+        adapter.staged = None
+        self._clear(adapter)
+        self._forget(adapter)
+
+    def _forget(self, adapter: Adapter) -> None:
+        """It is absent, or loading while the loader owes an answer."""
+        if adapter in self._outdated:
+            self._outdated.remove(adapter)
+        if not adapter.loading:
+            del self._adapter_of[adapter.key]
 
     # --- who is asked for ---
 
@@ -395,7 +456,7 @@ class Adapters:
         if all(sequence.tenant != tenant for sequence in adapter.waiting):
             self._not_wanted(adapter, tenant)
         if not adapter.waiting:
-            del self._adapter_of[adapter.key]
+            self._forget(adapter)
 
     def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
         wanted = self._wanted.get(tenant, {})
@@ -415,21 +476,123 @@ class Adapters:
             self._not_wanted(adapter, other)
         adapter.asked_by = tenant
         self._loads[tenant] += 1
+        if not adapter.loading:  # else it was evicted while it was asked about
+            self._question(adapter, token, now)
+
+    def _question(self, adapter: Adapter, token: str | None, now: float) -> None:
+        adapter.loading = True
+        adapter.asked_at = now
         self._load_deadline_of[adapter.key] = now + self._load_seconds
         self._send(LoadAdapter(adapter.key, token))
 
+    def _answered(self, adapter: Adapter) -> None:
+        adapter.loading = False
+        self._load_deadline_of.pop(adapter.key, None)
+        for tenant in {sequence.tenant for sequence in adapter.waiting}:
+            self._not_wanted(adapter, tenant)
+
     def _load_is_over(self, adapter: Adapter) -> None:
         """It has room, or cannot have any, or cannot be had."""
-        assert adapter.asked_by is not None
+        if adapter.asked_by is None:
+            return  # it has come in answer to a question about what was there before
         tenant, adapter.asked_by = adapter.asked_by, None
         self._loads[tenant] -= 1
         if not self._loads[tenant]:
             del self._loads[tenant]
         self._may_ask.add(tenant)
 
+    # --- whether it is still to be had, and still the same ---
+
+    def _revalidate(self, adapter: Adapter, token: str | None, now: float) -> None:
+        """Ask about what is there, if it is time."""
+        old = 2 * (now - adapter.confirmed_at) >= self._revalidate_seconds
+        if old and adapter.staged is not None and not adapter.loading:
+            self._question(adapter, token, now)
+
+    def _doubt_if_old(self, adapter: Adapter, now: float) -> None:
+        """Somebody joins: it is too late to start without the answer."""
+        if adapter.staged is not None and now - adapter.confirmed_at >= self._revalidate_seconds:
+            adapter.in_doubt = True
+            self._policy.shut(adapter.key)
+
+    def _clear(self, adapter: Adapter) -> None:
+        """It is not in doubt, or nobody waits for it any more who has not started before."""
+        if adapter.in_doubt:
+            adapter.in_doubt = False
+            if adapter.admits:
+                self._policy.admit(adapter.key)
+
+    def _unconfirmed(self, adapter: Adapter, now: float) -> list[Sequence]:
+        """Its source cannot be asked. Returns those that fail.
+
+        What everybody may read is served as it is. What needs a token is not, once it is in doubt.
+        """
+        if adapter.staged is None:
+            return list(adapter.waiting)
+        if not adapter.key.scope:
+            adapter.confirmed_at = now
+        refused = _not_started(adapter) if adapter.key.scope and adapter.in_doubt else []
+        self._clear(adapter)
+        return refused
+
+    def _replace(self, outdated: Adapter) -> Adapter:
+        """Another content has come under the same key. Returns what takes its place."""
+        adapter = Adapter(outdated.key)
+        adapter.confirmed_at = outdated.confirmed_at
+        adapter.waiting = _not_started(outdated)
+        self._retire(outdated)
+        self._adapter_of[adapter.key] = adapter
+        return adapter
+
+    def _retire(self, adapter: Adapter) -> None:
+        """Nobody starts with it any more, but for those that have started before."""
+        key = adapter.key
+        self._retired += 1
+        adapter.key = _outdated_key(key, self._retired)
+        adapter.in_doubt = False
+        adapter.waiting = [one for one in adapter.waiting if one.started is not None]
+        self._adapter_of[adapter.key] = self._adapter_of.pop(key)
+        self._outdated.append(adapter)
+        self._policy.shut(key)
+        self._policy.unblock(key)
+        if adapter.extent is not None:
+            adapter.extent.key = adapter.key
+            self._resident[adapter.key] = self._resident.pop(key)
+        else:
+            self._policy.block(adapter.key)
+        if adapter.admits:
+            self._policy.admit(adapter.key)
+        for sequence in adapter.waiting:
+            self._policy.leave(sequence)
+            sequence.adapter = adapter.key
+            self._policy.join(sequence)
+        self._drop_if_done(adapter)
+
+    def _drop_if_done(self, adapter: Adapter) -> None:
+        """An outdated adapter goes with the last that uses it."""
+        if adapter.pins or adapter.waiting or adapter not in self._outdated:
+            return
+        if adapter.extent is None:
+            self._give_up(adapter)
+            return
+        self._pool.evict(adapter.extent)
+        del self._resident[adapter.key]
+        self._shut(adapter)
+        self._forget(adapter)
+        self._room_may_be_found = True
+
+    def _outdated_for(self, sequence: Sequence) -> Adapter | None:
+        """What a sequence that was preempted has started with, if that is outdated and there."""
+        for adapter in self._outdated:
+            assert adapter.staged is not None
+            started_with = (adapter.staged.adapter, adapter.staged.content)
+            if started_with == (sequence.named, sequence.content):
+                return adapter
+        return None
+
     def _release(self, adapter: Adapter) -> None:
         assert adapter.staged is not None
-        self._send(ReleaseAdapter(adapter.key, adapter.staged.arena_offset))
+        self._send(ReleaseAdapter(adapter.staged.adapter, adapter.staged.arena_offset))
 
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1
@@ -452,6 +615,15 @@ def _copy(adapter: Adapter) -> AdapterCopy:
         nbytes=staged.nbytes,
         ranks=staged.ranks,
     )
+
+
+def _not_started(adapter: Adapter) -> list[Sequence]:
+    return [sequence for sequence in adapter.waiting if sequence.started is None]
+
+
+def _outdated_key(key: AdapterKey, number: int) -> AdapterKey:
+    """No request can ask for it: what clients write is printable."""
+    return msgspec.structs.replace(key, revision=f"{key.revision}\0{number}")
 
 
 def _worth(adapter: Adapter) -> tuple[bool, int]:

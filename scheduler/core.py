@@ -76,6 +76,7 @@ class Scheduler:
             policy=self._policy,
             send=lambda message: self._outbox.append(("adapter_loader", 0, message)),
             load_seconds=settings.adapter_load_seconds,
+            revalidate_seconds=settings.adapter_revalidate_seconds,
         )
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
@@ -140,7 +141,7 @@ class Scheduler:
         self._adapters.staged(message)
 
     def adapter_failed(self, message: AdapterFailed, now: float) -> None:
-        for sequence in self._adapters.failed(message.adapter):
+        for sequence in self._adapters.failed(message.adapter, message.failure, now):
             self._fail(sequence, message.failure, now)
 
     def adapter_placed(self, message: AdapterPlaced) -> None:
@@ -157,11 +158,11 @@ class Scheduler:
         token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
         self._policy.produced(flight.sampled)
         self._take_tokens(flight.sampled, token_ids, logprobs, now)
-        for key in flight.unpins:
-            self._adapters.unpin(key)
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
             self._adapters.join(sequence, now)
+        for extent in flight.unpins:  # last: an outdated adapter stays for those that join
+            self._adapters.unpin(extent)
         self._flush()  # one message per worker and step
 
     def tick(self, now: float) -> None:
@@ -324,7 +325,10 @@ class Scheduler:
     def _start(self, sequence: Sequence, plan: StepPlan, budget: int, now: float) -> int:
         """Returns the tokens of its first chunk; 0 if it cannot start now, or has failed."""
         key = sequence.adapter
-        slot, content = (-1, "") if key is None else self._adapters.resident_at(key)
+        extent, slot, content = None, -1, ""
+        if key is not None:
+            extent, content = self._adapters.resident_at(key)
+            slot = extent.slot
         if key is not None and sequence.started is not None and sequence.content != content:
             self._fail(sequence, failures.adapter_changed(key), now)
             return 0
@@ -333,8 +337,9 @@ class Scheduler:
         if tokens == 0:
             return 0
         self._policy.start(sequence, sequence.prefill_end - plan.new_rows[-1].cached_tokens, now)
-        if key is not None:
-            self._adapters.pin(key)
+        sequence.extent = extent
+        if extent is not None:
+            self._adapters.pin(extent)
         self._adapters.leave(sequence)
         if sequence.started is None:
             self._waits_no_more(sequence)
@@ -345,12 +350,12 @@ class Scheduler:
 
     def _preempted(self, sequence: Sequence, now: float) -> None:
         """It starts again once its tokens in flight are known."""
-        self._unpin(sequence)
         if self._flights:
             sequence.resume_after = self._flights[-1].step_id
             self._resting.append(sequence)
         else:
             self._adapters.join(sequence, now)
+        self._unpin(sequence)  # last, as in step_done
 
     def _new_batch(self, *, rows: int, kv_blocks: int, block_tokens: int) -> Batch:
         kv = KvBlocks(
@@ -411,12 +416,13 @@ class Scheduler:
 
     def _unpin(self, sequence: Sequence) -> None:
         """It does not run any more, but its row in the newest step in flight may."""
-        if sequence.adapter is None:
+        extent, sequence.extent = sequence.extent, None
+        if extent is None:
             return
         if self._flights:
-            self._flights[-1].unpins.append(sequence.adapter)
+            self._flights[-1].unpins.append(extent)
         else:
-            self._adapters.unpin(sequence.adapter)
+            self._adapters.unpin(extent)
 
 
 def _started(sequence: Sequence) -> bool:

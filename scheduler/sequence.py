@@ -3,6 +3,7 @@
 from array import array
 
 from pipeline.messages import Submit, Usage
+from scheduler.adapter_pool import Extent
 from scheduler.kv_blocks import PageTable
 
 
@@ -26,10 +27,12 @@ class Sequence:
         "end",
         "ended",
         "eos",
+        "extent",
         "fed",
         "first_token",
         "last_fed",
         "logprobs",
+        "named",
         "notice_at",
         "order",
         "prefill_end",
@@ -49,7 +52,8 @@ class Sequence:
         self.request_id = submit.request_id
         self.worker = submit.worker
         self.arrived = submit.arrived
-        self.adapter = submit.adapter
+        self.named = submit.adapter
+        self.adapter = submit.adapter  # or that of the outdated content it has started with
         self.adapter_token = submit.adapter_token
         self.tenant = submit.tenant
         self.sampling = submit.sampling
@@ -64,6 +68,7 @@ class Sequence:
 
         self.row = -1  # while it runs: its row of the worker's table
         self.table: PageTable | None = None  # while it runs: its KV blocks
+        self.extent: Extent | None = None  # while it runs: where its adapter lies
         self.fed = 0  # positions whose KV is written by the steps sent so far
         self.prefill_end = 0  # tokens that are prefilled; what follows is decoded
         self.capacity = 0  # positions that its blocks hold

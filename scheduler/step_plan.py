@@ -2,7 +2,8 @@
 
 from array import array
 
-from pipeline.messages import AdapterKey, NewRow, Step
+from pipeline.messages import NewRow, Step
+from scheduler.adapter_pool import Extent
 from scheduler.sequence import Sequence
 from scheduler.step_cost import Work
 
@@ -59,7 +60,7 @@ class Flight:
         self.sampled = sampled
         self.work = work
         self.sent = sent  # when
-        self.unpins: list[AdapterKey] = []  # one for each sequence that ended after it was sent
+        self.unpins: list[Extent] = []  # one for each sequence that ended after it was sent
 
 
 def pack(numbers: list[int]) -> bytes:

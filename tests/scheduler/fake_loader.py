@@ -12,6 +12,7 @@ from pipeline.messages import (
 )
 
 NOT_FOUND = Failure(404, FailureKind.ADAPTER_NOT_FOUND, "there is no such adapter")
+UNAVAILABLE = Failure(503, FailureKind.ADAPTER_UNAVAILABLE, "its source does not answer")
 
 
 class FakeLoader:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pipeline.messages import FinishReason
+from tests.scheduler.fake_loader import UNAVAILABLE
 from tests.scheduler.fake_worker import BASE, BROKEN, reply
 from tests.scheduler.world import World
 
@@ -42,9 +43,16 @@ class AnyOrder(RuleBasedStateMachine):
         started=st.booleans(),
         workers=st.integers(1, 2),
         limits=st.sampled_from(((0, 0), (0, 0), (2, 3))),
+        revalidate=st.sampled_from((0.0, 0.2, 2.0, 1000.0)),
     )
     def begin(
-        self, started: bool, chunk: int, workers: int, limits: tuple[int, int], **sizes: Any
+        self,
+        started: bool,
+        chunk: int,
+        workers: int,
+        limits: tuple[int, int],
+        revalidate: float,
+        **sizes: Any,
     ) -> None:
         self.world = World(
             pool_bytes=POOL_BYTES,
@@ -52,6 +60,7 @@ class AnyOrder(RuleBasedStateMachine):
             started=started,
             max_wait_seconds=20.0,
             adapter_load_seconds=5.0,
+            adapter_revalidate_seconds=revalidate,
             tokenizer_workers=workers,
             max_tenant_running=limits[0],
             max_tenant_waiting=limits[1],
@@ -90,7 +99,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.arena_is_ready and self.world.loader.loads)
     @rule(
         data=st.data(),
-        version=st.sampled_from(("", "", "", "", "another", BROKEN, "none")),
+        version=st.sampled_from(("", "", "", "", "another", BROKEN, "none", "down")),
         nbytes=st.sampled_from((100, 256, 300, 500, 700, 1000, 1500, POOL_BYTES, POOL_BYTES + 1)),
     )
     def answer_load(self, data: st.DataObject, version: str, nbytes: int) -> None:
@@ -98,6 +107,8 @@ class AnyOrder(RuleBasedStateMachine):
         adapter = self.world.loader.loads[which].adapter.id
         if version == "none":
             self.world.fail_load(which)
+        elif version == "down":
+            self.world.fail_load(which, UNAVAILABLE)
         else:
             content = version if version == BROKEN else adapter + version
             self.world.stage(which, content=content, nbytes=nbytes)

@@ -12,6 +12,7 @@ from pipeline.messages import (
     ArenaReady,
     AttachArena,
     Cancel,
+    Failure,
     Finished,
     LoadAdapter,
     Prefetch,
@@ -22,7 +23,7 @@ from pipeline.messages import (
 )
 from scheduler.core import Envelope, Scheduler
 from scheduler.fair_share import FairShare
-from tests.scheduler.fake_loader import FakeLoader
+from tests.scheduler.fake_loader import NOT_FOUND, FakeLoader
 from tests.scheduler.fake_worker import EOS, FakeWorker
 from tests.scheduler.watched import Watched
 
@@ -90,7 +91,8 @@ class World:
         prompt: Sequence[int] = (1, 2, 3),
         *,
         max_tokens: int = 4,
-        adapter: str | None = None,
+        adapter: str | AdapterKey | None = None,
+        token: str | None = None,
         ignore_eos: bool = True,
         worker: int = 0,
         logprobs: bool = False,
@@ -103,7 +105,8 @@ class World:
             arrived=self.now,
             token_ids=array("i", prompt).tobytes(),
             max_tokens=max_tokens,
-            adapter=None if adapter is None else key(adapter),
+            adapter=key(adapter) if isinstance(adapter, str) else adapter,
+            adapter_token=token,
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             tenant=tenant,
@@ -128,8 +131,8 @@ class World:
         self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes))
         self.settle()
 
-    def fail_load(self, which: int = 0) -> None:
-        self.core.adapter_failed(self.loader.fail(which), self.now)
+    def fail_load(self, which: int = 0, failure: Failure = NOT_FOUND) -> None:
+        self.core.adapter_failed(self.loader.fail(which, failure), self.now)
         self.settle()
 
     def arrive(self) -> None:
