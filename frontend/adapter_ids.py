@@ -7,6 +7,7 @@ import re
 from urllib.parse import urlsplit
 
 SOURCE_OF_SCHEME = {"s3": "s3", "http": "http", "https": "http", "pb": "pbase"}
+DEFAULT_REVISION = "main"
 _SCHEME = re.compile(r"([a-z][a-z0-9]*)://")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -17,12 +18,22 @@ def source_of_url(name: str) -> str | None:
     return SOURCE_OF_SCHEME.get(match[1]) if match else None
 
 
+def local_id(name: str) -> str:
+    """A folder's path below a root, without what leads nowhere. Raises ValueError."""
+    id = name.rstrip("/")
+    first, *others = id.split("/")
+    if not id or first in (".", "..") or not {"", ".", ".."}.isdisjoint(others):
+        raise ValueError("must be the path of a folder without `.`, `..` and empty parts")
+    return id
+
+
 def hub_id(name: str) -> tuple[str, str]:
-    """`repository@revision`, apart; the revision may be missing. Raises ValueError."""
+    """`repository@revision`, apart; the revision may be missing, or be the default, which is the
+    same. Raises ValueError."""
     repository, at, revision = name.partition("@")
     if not repository or (at and not revision):
         raise ValueError("must be an id, or id@revision")
-    return repository, revision
+    return repository, "" if revision == DEFAULT_REVISION else revision
 
 
 def s3_id(name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from frontend.adapter_ids import http_id, hub_id, pbase_id, s3_id, source_of_url
+from frontend.adapter_ids import http_id, hub_id, local_id, pbase_id, s3_id, source_of_url
 from frontend.parameters import ParameterError
 from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local
 from pipeline.config import SOURCES
@@ -106,7 +106,7 @@ def _wanted(source: str, name: str, token: str | None) -> Wanted:
     """Raises ValueError for what cannot be an id. A token goes only where it is of use."""
     match source:
         case "local":
-            return Wanted(AdapterKey(source, name), None)
+            return Wanted(AdapterKey(source, local_id(name)), None)
         case "s3":
             return Wanted(AdapterKey(source, s3_id(name)), None)
         case "hub":

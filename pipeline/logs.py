@@ -1,8 +1,16 @@
-"""One `key=value` line per event, on stderr. No prompt, no token text, no secret is ever logged."""
+"""One `key=value` line per event, on stderr. No prompt, no token text, no secret is ever logged.
+
+Libraries may log at their lower levels what they send: headers, and URLs that are signed. So the
+level of the settings is that of our own packages, and nothing below a warning comes from others.
+"""
 
 import logging
 import sys
 import time
+
+from pipeline.channels import PROCESSES
+
+OURS = (*PROCESSES, "pipeline", "__main__")  # how our loggers' names begin
 
 
 class _Formatter(logging.Formatter):
@@ -20,9 +28,10 @@ class _Formatter(logging.Formatter):
 
 
 def set_up_logs(process: str, level: str) -> None:
-    """Log to stderr from now on, at `level` and above."""
+    """Log to stderr from now on, ours at `level` and above, others' warnings and errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter(process))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("httpx", "httpcore", "urllib3", "botocore", "filelock", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    lowest = logging.getLevelNamesMapping()[level.upper()]
+    logging.basicConfig(level=max(lowest, logging.WARNING), handlers=[handler], force=True)
+    for name in OURS:
+        logging.getLogger(name).setLevel(lowest)

@@ -10,11 +10,19 @@ from typing import Any
 import msgspec
 
 MERGED = "merged"  # the source of adapters that are merged from others
+SECRET = frozenset({"adapter_token"})  # fields of messages
 REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
-    """The base of all messages."""
+    """The base of all messages. Their text, as in a traceback, does not show what is in SECRET."""
+
+    def __repr__(self) -> str:
+        fields = (
+            f"{name}={'***' if name in SECRET and value else repr(value)}"
+            for name, value in msgspec.structs.asdict(self).items()
+        )
+        return f"{type(self).__name__}({', '.join(fields)})"
 
 
 class Value(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -109,6 +109,7 @@ class HubSource:
         """The snapshot's folder, downloaded first where it is not cached."""
         sent: str | bool | None = token or (None if self._share_token else False)
         cache = self._cache_of(token)
+        self._token_caches.mkdir(mode=0o700, parents=True, exist_ok=True)
         commit = self._ask(repository, revision, sent)
         folder = self._cached(repository, revision, cache)
         if folder is None or folder.name != commit:

@@ -207,6 +207,14 @@ def test_a_token_that_is_revoked_reads_nothing_more_from_its_cache(
     assert_refused(source, FailureKind.ADAPTER_FORBIDDEN, "terms", token="mine")
 
 
+def test_what_a_token_has_read_is_for_the_servers_user_alone(
+    hub: FakeHub, source_of: Callable[..., HubSource], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.repositories[ADAPTER.id] = Repository(files, tokens={"mine"})
+    fetch(source_of(), "mine")
+    assert (tmp_path / "tokens").stat().st_mode & 0o077 == 0
+
+
 def test_a_gated_adapter_is_forbidden_without_its_token(
     hub: FakeHub, source_of: Callable[..., HubSource], files: dict[str, bytes]
 ) -> None:

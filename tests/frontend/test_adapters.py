@@ -91,6 +91,9 @@ def test_a_source_that_is_off_is_refused(root: Path, source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "name", "id"),
     [
+        (None, "here/", "here"),
+        ("local", "team/nested@home//", "team/nested@home"),
+        ("hub", "org/name@main", "org/name"),
         ("s3", "bucket/some/prefix/", "s3://bucket/some/prefix"),
         (None, "s3://bucket/some/prefix", "s3://bucket/some/prefix"),
         (None, "https://Host.org:443/a/b/", "https://host.org/a/b"),
@@ -105,12 +108,19 @@ def test_an_adapter_has_one_id_however_it_is_written(
     wanted = find(root, name, source=source, token="secret")
     assert wanted is not None
     assert wanted.key.id == id
-    assert find(root, id, token="secret") == wanted, "what is shown of a key can be asked for"
+    assert find(root, id, source=source, token="secret") == wanted, (
+        "what is shown of a key can be asked for"
+    )
 
 
 @pytest.mark.parametrize(
     ("source", "name"),
     [
+        ("local", "/"),
+        ("local", "./here"),
+        ("local", "team/../here"),
+        ("local", "team//nested@home"),
+        (None, "here/."),
         ("s3", "bucket"),
         ("s3", "s3://bucket/"),
         ("s3", "/prefix"),

@@ -4,7 +4,11 @@ import re
 import subprocess
 import sys
 
-PRELUDE = "import logging; from pipeline.logs import set_up_logs; log = logging.getLogger('x'); "
+PRELUDE = """
+import logging
+from pipeline.logs import set_up_logs
+log = logging.getLogger('scheduler.x')
+"""
 
 
 def logged(code: str) -> str:
@@ -35,9 +39,15 @@ def test_the_second_set_up_takes_the_place_of_the_first() -> None:
     assert "process=a.1" in lines
 
 
-def test_libraries_that_talk_much_are_heard_only_when_something_is_wrong() -> None:
-    code = "set_up_logs('a', 'debug'); logging.getLogger('httpx')"
-    assert logged(code + ".info('GET')") == ""
+def test_our_own_packages_are_heard_at_the_level_that_is_asked_for() -> None:
+    for name in ("frontend.generate", "pipeline.process", "__main__"):
+        code = f"set_up_logs('a', 'debug'); logging.getLogger('{name}')"
+        assert "level=debug" in logged(code + ".debug('event=x')")
+
+
+def test_libraries_are_heard_only_when_something_is_wrong() -> None:
+    code = "set_up_logs('a', 'debug'); logging.getLogger('any.library')"
+    assert logged(code + ".info('Authorization: Bearer')") == ""
     assert "level=warning" in logged(code + ".warning('event=slow')")
 
 

@@ -133,3 +133,14 @@ def test_an_adapter_key_is_the_same_key_after_its_way() -> None:
 def test_a_field_that_an_older_sender_does_not_know_has_its_default() -> None:
     decoder = msgspec.msgpack.Decoder(UNIONS["scheduler"])
     assert decoder.decode(msgspec.msgpack.encode(["Shutdown", "frontend"])) == Shutdown("frontend")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n, k in MEMBERS if messages.SECRET & set(k.__struct_fields__)]
+)
+def test_the_text_of_a_message_does_not_show_its_secrets(name: str, kind: type[Message]) -> None:
+    given = {field: "hf_secret" for field in kind.__struct_fields__ if field in messages.SECRET}
+    others = {field: 7 for field in kind.__struct_fields__ if field not in given}
+    text = repr(kind(**given, **others))
+    assert "hf_secret" not in text
+    assert all(f"{field}=7" in text for field in others)

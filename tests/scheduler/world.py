@@ -1,8 +1,8 @@
 """The core with a fake worker and a fake loader around it, moved by hand."""
 
 from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -34,6 +34,15 @@ def key(adapter: str) -> AdapterKey:
     return AdapterKey("local", adapter)
 
 
+class Loader(Protocol):
+    """What takes the place of the fake loader."""
+
+    @property
+    def arena(self) -> Mapping[int, str]: ...
+
+    def send(self, message: LoadAdapter | ReleaseAdapter) -> None: ...
+
+
 class World:
     """Whatever happens, what the core says is delivered at once."""
 
@@ -45,6 +54,7 @@ class World:
         pool_bytes: int = 4096,
         slots: int = 8,
         started: bool = True,
+        loader: Loader | None = None,
         **settings: Any,
     ) -> None:
         self.settings = msgspec.structs.replace(SETTINGS, **settings)
@@ -55,8 +65,9 @@ class World:
         self.watched = Watched(self.fair_share)
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
+        self._to_loader = self.loader if loader is None else loader
         self.worker = FakeWorker(
-            arena=self.loader.arena,
+            arena=self._to_loader.arena,
             rows=self.settings.rows,
             kv_blocks=kv_blocks,
             block_tokens=block_tokens,
@@ -188,7 +199,7 @@ class World:
             match message:
                 case LoadAdapter() | ReleaseAdapter():
                     assert process == "adapter_loader"
-                    self.loader.send(message)
+                    self._to_loader.send(message)
                 case AttachArena():
                     assert process == "gpu_worker"
                     self.arena_attached = True
