@@ -115,6 +115,13 @@ class Tenants(RuleBasedStateMachine):
         parameters = {**adapter, **source, **body_token, "ignore_eos": True}
         self.node.submit(parameters, authorization, mine, prompt, MAX_TOKENS)
 
+    @rule(place=st.sampled_from(HUB_PLACES), token=st.sampled_from(TOKENS), answered=st.booleans())
+    def ask_plainly(self, place: Place, token: str, answered: bool) -> None:
+        """Most names above lead nowhere; these find, and leave, adapters on the device."""
+        self._ask_for(place, token)
+        if answered:
+            self.node.run()
+
     @precondition(lambda self: self.node.loader.fetches)
     @rule(data=st.data())
     def a_source_answers(self, data: st.DataObject) -> None:
@@ -157,6 +164,14 @@ class Tenants(RuleBasedStateMachine):
             self._check_each_gets_theirs()
         finally:
             self.folder.cleanup()
+
+    def _ask_for(self, place: Place, token: str | None) -> int:
+        source, id = place
+        parameters = {"adapter_id": id, "adapter_source": source, "ignore_eos": True}
+        mine, bearer = (frozenset({token}), f"Bearer {token}") if token else (frozenset(), None)
+        request_id = self.node.submit(parameters, bearer, mine, PROMPT, MAX_TOKENS)
+        assert request_id is not None
+        return request_id
 
     # --- what must hold ---
 
@@ -249,14 +264,10 @@ class Tenants(RuleBasedStateMachine):
         self.node.wait(self.remember + self.revalidate + 1)
         for (source, id), token in product(HUB_PLACES, (None, *TOKENS)):
             state = self.sources.history[source, id][-1]
-            parameters = {"adapter_id": id, "adapter_source": source, "ignore_eos": True}
-            mine = frozenset({token} if token else ())
-            bearer = f"Bearer {token}" if token else None
-            request_id = self.node.submit(parameters, bearer, mine, PROMPT, MAX_TOKENS)
-            assert request_id is not None
+            request_id = self._ask_for((source, id), token)
             self.node.run()
             failure = self.node.world.finished[request_id].failure
-            assert (failure is None) == state.lets(mine)
+            assert (failure is None) == state.lets([token] if token else [])
             if failure is None:
                 expected = reply(state.content, PROMPT, MAX_TOKENS, ignore_eos=True)
                 assert self.node.world.tokens[request_id] == expected
