@@ -18,7 +18,7 @@ from adapter_loader.checkpoint import (
     scratch_for,
     store,
 )
-from adapter_loader.merging import NEEDS_ONE_RANK, Term, merge_module
+from adapter_loader.merging import Term, merge_module
 from adapter_loader.refusals import invalid
 from pipeline.adapter_layout import MAX_RANK, AdapterLayout
 from pipeline.messages import Merge
@@ -66,7 +66,7 @@ def pack_merge(descriptors: Sequence[int], plan: MergePlan, extent: memoryview) 
 
 def _merged_rank(place: tuple[int, int], ranks: list[int], merge: Merge) -> int:
     name = module_name(*place)
-    if merge.strategy not in NEEDS_ONE_RANK:
+    if not merge.strategy.needs_one_rank:
         if sum(ranks) > MAX_RANK:
             raise invalid(f"module {name} would have rank {sum(ranks)}, and {MAX_RANK} is the most")
         return sum(ranks)

@@ -24,10 +24,6 @@ from torch import Tensor
 
 from pipeline.messages import MajoritySign, Merge, MergeStrategy
 
-NEEDS_ONE_RANK = frozenset(MergeStrategy) - {MergeStrategy.CAT}
-BY_SIGN = frozenset({MergeStrategy.TIES, MergeStrategy.DARE_TIES})
-AT_RANDOM = frozenset({MergeStrategy.DARE_LINEAR, MergeStrategy.DARE_TIES})
-
 
 class Term(msgspec.Struct, frozen=True):
     """What one part has for a module."""
@@ -92,20 +88,18 @@ def average_by_sign(matrices: Tensor, weights: Tensor, majority_sign: MajoritySi
 
 
 def _prune(matrices: list[Tensor], terms: Sequence[Term], merge: Merge, name: str) -> list[Tensor]:
-    if merge.density == 1:
+    if merge.density == 1 or not merge.strategy.prunes:
         return matrices
-    if merge.strategy in AT_RANDOM:
+    if merge.strategy.drops_at_random:
         return [
             drop_at_random(matrix, merge.density, seed_of(merge, term.part, name))
             for matrix, term in zip(matrices, terms, strict=True)
         ]
-    if merge.strategy == MergeStrategy.TIES:
-        return [keep_largest(matrix, merge.density) for matrix in matrices]
-    return matrices
+    return [keep_largest(matrix, merge.density) for matrix in matrices]
 
 
 def _merge_matrices(matrices: list[Tensor], weights: list[float], merge: Merge) -> Tensor:
     stacked, by_part = torch.stack(matrices), torch.tensor(weights)[:, None, None]
-    if merge.strategy in BY_SIGN:
+    if merge.strategy.elects_signs:
         return average_by_sign(stacked, by_part, merge.majority_sign)
     return (stacked * by_part).sum(0)

@@ -69,6 +69,7 @@ REFUSED = {
     "use_qalora": "QALoRA: its A reads averages over groups of the input",
     "velora_config": "VeLoRA: its A is trained on compressed inputs",
 }
+BIASES = (None, "none", "all", "lora_only")  # where a file holds one, its tensor is refused
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside a changed base model: what they save fits
 # that, unless PEFT converted it, and then the config says `true`.
 INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
@@ -130,7 +131,7 @@ def parse_peft_config(data: bytes) -> LoraConfig:
 
 
 def _check(config: LoraConfig) -> None:
-    if config.bias not in (None, "none"):
+    if config.bias not in BIASES:
         raise invalid(f"{CONFIG_FILE} sets bias to {shown(config.bias)}, which is not supported")
     if config.task_type not in (None, "CAUSAL_LM"):
         raise invalid(

@@ -21,9 +21,6 @@ from pipeline.messages import (
 W = TypeVar("W", MergeStrategy, MajoritySign)
 
 MAX_PARTS = 64
-PRUNING = frozenset({MergeStrategy.TIES, MergeStrategy.DARE_LINEAR, MergeStrategy.DARE_TIES})
-ELECTING = frozenset({MergeStrategy.TIES, MergeStrategy.DARE_TIES})
-AT_RANDOM = frozenset({MergeStrategy.DARE_LINEAR, MergeStrategy.DARE_TIES})
 
 
 class MergedAdapters(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -55,8 +52,8 @@ def merged(given: MergedAdapters, find: Callable[[str], Wanted | None]) -> Wante
         ),
         strategy=strategy,
         density=_density(given.density, strategy),
-        majority_sign=sign if strategy in ELECTING else MajoritySign.TOTAL,
-        seed=(given.seed or 0) if strategy in AT_RANDOM else 0,
+        majority_sign=sign if strategy.elects_signs else MajoritySign.TOTAL,
+        seed=(given.seed or 0) if strategy.drops_at_random else 0,
     )
     scope = parts[0].key.scope  # one token is shown to the one source
     return Wanted(AdapterKey(MERGED, _describe(merge), scope=scope, merge=merge), parts[0].token)
@@ -87,7 +84,7 @@ def _part(wanted: Wanted | None) -> Wanted:
 
 def _density(density: float | None, strategy: MergeStrategy) -> float:
     """1 where it has no effect. lorax-client has to send one there, and may send 0."""
-    if strategy not in PRUNING:
+    if not strategy.prunes:
         if density is not None and not 0 <= density <= 1:
             raise _error("density", "must be > 0.0 and <= 1.0")
         return 1.0

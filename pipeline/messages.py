@@ -70,6 +70,26 @@ class MergeStrategy(StrEnum):
     DARE_LINEAR = "dare_linear"
     DARE_TIES = "dare_ties"
 
+    @property
+    def drops_at_random(self) -> bool:
+        """Of each part, all but `density`, by `seed`."""
+        return self in (MergeStrategy.DARE_LINEAR, MergeStrategy.DARE_TIES)
+
+    @property
+    def prunes(self) -> bool:
+        """At random or not, all but `density` of each part."""
+        return self.drops_at_random or self is MergeStrategy.TIES
+
+    @property
+    def elects_signs(self) -> bool:
+        """By `majority_sign`."""
+        return self in (MergeStrategy.TIES, MergeStrategy.DARE_TIES)
+
+    @property
+    def needs_one_rank(self) -> bool:
+        """In each module, of all parts."""
+        return self is not MergeStrategy.CAT
+
 
 class MajoritySign(StrEnum):
     """What elects a sign: the sum of the values, or the number of them."""

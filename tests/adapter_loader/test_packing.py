@@ -184,6 +184,15 @@ def test_unknown_keys_that_are_off_change_nothing(tmp_path: Path, base: BaseMode
     assert load(tmp_path, base) == before
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_the_base_model_does_not_have_change_nothing(
+    bias: str, tmp_path: Path, base: BaseModel
+) -> None:
+    make_adapter(tmp_path / "x")
+    make_adapter(tmp_path / "y", bias=bias)
+    assert load(tmp_path, base, "y") == load(tmp_path, base)
+
+
 def test_a_config_may_leave_out_what_has_a_default(tmp_path: Path, base: BaseModel) -> None:
     adapted = make_adapter(tmp_path / "x", r=8, lora_alpha=8)
     (tmp_path / "x" / "adapter_config.json").write_text('{"peft_type": "LORA"}')

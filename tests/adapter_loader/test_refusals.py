@@ -73,8 +73,7 @@ class Config(NamedTuple):
 
 CONFIGS = {
     "DoRA": Config({"use_dora": True}, ("use_dora",)),
-    "bias of all": Config({"bias": "all"}, ("bias", "all")),
-    "bias of LoRA": Config({"bias": "lora_only"}, ("bias",)),
+    "a bias of no known kind": Config({"bias": "some"}, ("bias", "some")),
     "LoRA bias": Config({"lora_bias": True}, ("lora_bias",)),
     "saved modules": Config({"modules_to_save": ["lm_head"]}, ("modules_to_save", "lm_head")),
     "trained tokens": Config({"trainable_token_indices": [1]}, ("trainable_token_indices",)),
