@@ -35,10 +35,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import msgspec
-
 from pipeline.messages import (
-    AdapterCopy,
     AdapterKey,
     AdapterMove,
     AdapterStaged,
@@ -50,6 +47,14 @@ from pipeline.messages import (
     ReleaseAdapter,
 )
 from scheduler import failures
+from scheduler.adapter import (
+    Adapter,
+    copy_of,
+    not_started,
+    outdated_key,
+    packed_bytes,
+    worth,
+)
 from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
 from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
@@ -60,43 +65,6 @@ MAX_TRIES = 8  # adapters that room is looked for in, at a time
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
-
-
-class Adapter:
-    """One content of an adapter that is not absent."""
-
-    __slots__ = (
-        "admits",
-        "asked_at",
-        "asked_by",
-        "confirmed_at",
-        "extent",
-        "in_doubt",
-        "key",
-        "last_used",
-        "loading",
-        "pins",
-        "running",
-        "staged",
-        "used",
-        "waiting",
-    )
-
-    def __init__(self, key: AdapterKey) -> None:
-        self.key = key
-        self.waiting: list[Sequence] = []  # in order; those that want to start with it
-        self.asked_by: str | None = None  # the tenant whose load it is, until it has room
-        self.loading = False  # the loader owes an answer
-        self.asked_at = 0.0  # when it was asked last
-        self.confirmed_at = 0.0  # when it was asked what it has answered well
-        self.in_doubt = False  # those that wait, wait for the loader's answer
-        self.staged: AdapterStaged | None = None  # the latest answer of the loader
-        self.extent: Extent | None = None  # while it is resident, or its copy is on its way
-        self.admits = False  # those that wait may start, unless it is in doubt
-        self.pins = 0
-        self.running = 0  # those of the pins that are of sequences
-        self.used = False  # somebody has started with it since it has its extent
-        self.last_used = 0  # counts up over all adapters
 
 
 class _Placing(NamedTuple):
@@ -211,7 +179,7 @@ class Adapters:
         """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
         adapter = self._resident[extent.key]
         if not adapter.running:
-            self.running_bytes += _nbytes(adapter)
+            self.running_bytes += packed_bytes(adapter)
         adapter.running += 1
         adapter.pins += 1
         adapter.used = True
@@ -221,7 +189,7 @@ class Adapters:
         self._touch(adapter)
         adapter.running -= 1
         if not adapter.running:
-            self.running_bytes -= _nbytes(adapter)
+            self.running_bytes -= packed_bytes(adapter)
         self._let_go(adapter)
 
     # --- what the loader says, or does not ---
@@ -252,7 +220,7 @@ class Adapters:
             return adapter.waiting
         if failure.kind == FailureKind.ADAPTER_UNAVAILABLE:
             return self._unconfirmed(adapter, now)
-        refused = _not_started(adapter)
+        refused = not_started(adapter)
         self._retire(adapter)
         return refused
 
@@ -285,7 +253,7 @@ class Adapters:
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
-                if not self._pool.holds(_nbytes(adapter)):
+                if not self._pool.holds(packed_bytes(adapter)):
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now, failed)) is not None:
                     placements.append(message)
@@ -313,7 +281,7 @@ class Adapters:
         for adapter, moved in self._arriving:
             if ahead > MAX_BYTES_AHEAD:
                 return
-            ahead += _nbytes(adapter)
+            ahead += packed_bytes(adapter)
             for one in (adapter, *moved):
                 if not one.admits:
                     one.admits = True
@@ -340,7 +308,7 @@ class Adapters:
         self._resident[adapter.key] = adapter
         self._needs_no_room(adapter)
         self._touch(adapter)
-        message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
+        message = PlaceAdapter(copy_of(adapter), tuple(self._move(move) for move in place.moves))
         moved = [self._adapter_of[move.extent.key] for move in place.moves]
         for one in moved:
             if one.pins == 0:
@@ -360,10 +328,10 @@ class Adapters:
             for one in others
             if not one.pins and (overdue or self._makes_room(one, adapter, now))
         ]
-        candidates.sort(key=_worth)
+        candidates.sort(key=worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
         pinned = {other.extent for other in others if other.pins and other.extent is not None}
-        nbytes = _nbytes(adapter)
+        nbytes = packed_bytes(adapter)
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
@@ -420,7 +388,7 @@ class Adapters:
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
-        failure = failures.adapter_too_large(adapter.key, _nbytes(adapter), self._pool.nbytes)
+        failure = failures.adapter_too_large(adapter.key, packed_bytes(adapter), self._pool.nbytes)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]
 
@@ -531,7 +499,7 @@ class Adapters:
             return list(adapter.waiting)
         if not adapter.key.scope:
             adapter.confirmed_at = now
-        refused = _not_started(adapter) if adapter.key.scope and adapter.in_doubt else []
+        refused = not_started(adapter) if adapter.key.scope and adapter.in_doubt else []
         self._clear(adapter)
         return refused
 
@@ -539,7 +507,7 @@ class Adapters:
         """Another content has come under the same key. Returns what takes its place."""
         adapter = Adapter(outdated.key)
         adapter.confirmed_at = outdated.confirmed_at
-        adapter.waiting = _not_started(outdated)
+        adapter.waiting = not_started(outdated)
         self._retire(outdated)
         self._adapter_of[adapter.key] = adapter
         return adapter
@@ -548,7 +516,7 @@ class Adapters:
         """Nobody starts with it any more, but for those that have started before."""
         key = adapter.key
         self._retired += 1
-        adapter.key = _outdated_key(key, self._retired)
+        adapter.key = outdated_key(key, self._retired)
         adapter.in_doubt = False
         adapter.waiting = [one for one in adapter.waiting if one.started is not None]
         self._adapter_of[adapter.key] = self._adapter_of.pop(key)
@@ -597,35 +565,3 @@ class Adapters:
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1
         adapter.last_used = self._uses
-
-
-def _nbytes(adapter: Adapter) -> int:
-    assert adapter.staged is not None
-    return adapter.staged.nbytes
-
-
-def _copy(adapter: Adapter) -> AdapterCopy:
-    extent, staged = adapter.extent, adapter.staged
-    assert extent is not None
-    assert staged is not None
-    return AdapterCopy(
-        slot=extent.slot,
-        pool_offset=extent.offset,
-        arena_offset=staged.arena_offset,
-        nbytes=staged.nbytes,
-        ranks=staged.ranks,
-    )
-
-
-def _not_started(adapter: Adapter) -> list[Sequence]:
-    return [sequence for sequence in adapter.waiting if sequence.started is None]
-
-
-def _outdated_key(key: AdapterKey, number: int) -> AdapterKey:
-    """No request can ask for it: what clients write is printable."""
-    return msgspec.structs.replace(key, revision=f"{key.revision}\0{number}")
-
-
-def _worth(adapter: Adapter) -> tuple[bool, int]:
-    """Of a resident adapter: the first to be evicted has the least."""
-    return (bool(adapter.waiting), adapter.last_used)

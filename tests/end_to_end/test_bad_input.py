@@ -60,7 +60,7 @@ OPENAI = [
     ("/v1/chat/completions", chat(model="dora"), 422, "dora"),
     ("/v1/chat/completions", chat(model="garbled"), 422, tiny.WEIGHTS),
     ("/v1/chat/completions", chat(model="weightless"), 422, tiny.WEIGHTS),
-    ("/v1/chat/completions", chat(model="../outside", adapter_source="local"), 404, "outside"),
+    ("/v1/chat/completions", chat(model="../outside", adapter_source="local"), 400, "path"),
     ("/v1/chat/completions", chat(model="link", adapter_source="local"), 404, "link"),
     ("/v1/chat/completions", chat(model="good", adapter_source="moon"), 400, "moon"),
     ("/v1/chat/completions", chat(messages=[]), 400, "messages"),
