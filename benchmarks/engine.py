@@ -215,9 +215,9 @@ class Engine:
             self._outbox.send("scheduler", Cancel(request_id))
         self._replies.clear()
 
-    def prefetch(self, adapter: str) -> None:
+    def prefetch(self, adapter: AdapterKey) -> None:
         """Have an adapter loaded without a request for it."""
-        self._outbox.send("scheduler", Prefetch(AdapterKey("local", adapter)))
+        self._outbox.send("scheduler", Prefetch(adapter))
 
     # --- what the processes say ---
 
