@@ -219,6 +219,9 @@ class Engine:
         """Have an adapter loaded without a request for it."""
         self._outbox.send("scheduler", Prefetch(adapter))
 
+    def pid(self, process: str) -> int:
+        return self._processes[process].pid
+
     # --- what the processes say ---
 
     def metrics(self) -> Metrics:
