@@ -1,6 +1,7 @@
 """`python -m adapter_loader`: the sockets, threads and clock around the core."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -251,6 +252,7 @@ def main(settings: Settings, index: int) -> None:
         for frontend in range(settings.frontends):
             facts: dict[str, str | int | float | None] = {"arena_bytes": settings.arena_bytes}
             outbox.send("frontend", ProcessReady(PROCESS, index, facts), frontend)
+        gc.freeze()  # else each full collection looks at all of torch, with the lock of all threads
         loader.run()
     finally:
         path.unlink(missing_ok=True)

@@ -9,8 +9,9 @@ from typing import TypeVar
 import msgspec
 from prometheus_client import Histogram
 
-from adapter_loader.checkpoint import BaseModel, Modules, Plan, check, pack, plan
+from adapter_loader.checkpoint import BaseModel, Modules, check
 from adapter_loader.merged_checkpoint import MergePlan, pack_merge, plan_merge
+from adapter_loader.packing import Plan, pack, plan
 from adapter_loader.peft_config import parse_peft_config
 from adapter_loader.refusals import failure, unavailable
 from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, Identity, Source

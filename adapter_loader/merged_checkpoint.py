@@ -4,22 +4,18 @@ from collections.abc import Sequence
 
 import msgspec
 
-from adapter_loader.checkpoint import (
-    DTYPES,
-    BaseModel,
-    LoraModule,
-    Modules,
+from adapter_loader.checkpoint import DTYPES, BaseModel, LoraModule, Modules, module_name
+from adapter_loader.merging import Term, merge_module
+from adapter_loader.packing import (
     check_finite,
     digest,
     is_finite,
     layout_of,
-    module_name,
-    read_tensor,
-    scratch_for,
     store,
+    store_transposed,
 )
-from adapter_loader.merging import Term, merge_module
 from adapter_loader.refusals import invalid
+from adapter_loader.weights_file import read_tensor
 from pipeline.adapter_layout import MAX_RANK, AdapterLayout
 from pipeline.messages import Merge
 
@@ -46,21 +42,23 @@ def plan_merge(parts: tuple[Modules, ...], merge: Merge, base: BaseModel) -> Mer
 
 
 def pack_merge(descriptors: Sequence[int], plan: MergePlan, extent: memoryview) -> str:
-    """As checkpoint.pack, for one open file per part; computes in fp32."""
+    """As packing.pack, for one open file per part; computes in fp32."""
     dtype = DTYPES[plan.dtype]
-    scratch = scratch_for(plan.parts)
     for place in sorted({place for modules in plan.parts for place in modules}):
         name = module_name(*place)
         terms = [
-            _read_term(descriptors[part], part, modules[place], scratch)
+            _read_term(descriptors[part], part, modules[place])
             for part, modules in enumerate(plan.parts)
             if place in modules
         ]
         a, b = merge_module(terms, plan.merge, name)
         placement = plan.placed.at(*place)
-        for matrix, offset in ((a, placement.a_offset), (b.T, placement.b_offset)):
-            if not is_finite(store(matrix, extent, offset, dtype)):
-                raise invalid(f"module {name} of the merge has values too large for {plan.dtype}")
+        stored = (
+            store(a, extent, placement.a_offset, dtype),
+            store_transposed(b, extent, placement.b_offset, dtype),
+        )
+        if not all(map(is_finite, stored)):
+            raise invalid(f"module {name} of the merge has values too large for {plan.dtype}")
     return digest(plan.ranks, extent)
 
 
@@ -78,10 +76,10 @@ def _merged_rank(place: tuple[int, int], ranks: list[int], merge: Merge) -> int:
     return ranks[0]
 
 
-def _read_term(descriptor: int, part: int, module: LoraModule, scratch: bytearray) -> Term:
+def _read_term(descriptor: int, part: int, module: LoraModule) -> Term:
     matrices = []
     for entry in (module.a, module.b):
-        matrix = read_tensor(descriptor, entry, scratch)
+        matrix = read_tensor(descriptor, entry)
         check_finite(entry, matrix, matrix, entry.dtype)
-        matrices.append(matrix.float() if entry.dtype != "F32" else matrix.clone())
+        matrices.append(matrix.float())
     return Term(part, matrices[0], matrices[1], module.scaling)

@@ -1,10 +1,12 @@
-"""Threads that take jobs from a queue."""
+"""Threads that take jobs from a queue, and leave the processor to others."""
 
+import os
 import threading
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 Job = Callable[[], None]
+NICE = 10  # a tenth of the weight of an ordinary thread
 
 
 class Workers:
@@ -12,6 +14,10 @@ class Workers:
 
     The threads are daemons: the process may end in the middle of a download. Jobs that run native
     code must not be cut off like that; `close` waits for those that have begun.
+
+    Beside a thread that makes tokens they get a tenth of a core, and they do not interrupt it
+    (SCHED_BATCH). SCHED_IDLE would be politer still, but where all cores are busy no load would
+    come to its end.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -39,5 +45,7 @@ class Workers:
             thread.join()
 
     def _work(self) -> None:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+        os.setpriority(os.PRIO_PROCESS, 0, NICE)
         while (job := self._jobs.get()) is not None:
             job()

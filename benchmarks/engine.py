@@ -131,22 +131,8 @@ class Engine:
         self._outbox = Outbox(run_dir)
         start = time.monotonic()
         try:
-            others = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
-            environment = {
-                **others,
-                **to_environment(self.settings),
-                "LORADEX_CONFIG": os.devnull,
-            }
             for name in PROCESSES:
-                with (self._logs / name).open("wb") as log:
-                    self._processes[name] = subprocess.Popen(
-                        [sys.executable, "-m", name],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        preexec_fn=_die_with_parent,
-                    )
+                self._processes[name] = start_process(name, self.settings, self._logs / name)
             self._wait_until_ready()
         except BaseException:
             self._close(0)
@@ -229,9 +215,12 @@ class Engine:
             self._outbox.send("scheduler", Cancel(request_id))
         self._replies.clear()
 
-    def prefetch(self, adapter: str) -> None:
+    def prefetch(self, adapter: AdapterKey) -> None:
         """Have an adapter loaded without a request for it."""
-        self._outbox.send("scheduler", Prefetch(AdapterKey("local", adapter)))
+        self._outbox.send("scheduler", Prefetch(adapter))
+
+    def pid(self, process: str) -> int:
+        return self._processes[process].pid
 
     # --- what the processes say ---
 
@@ -303,6 +292,20 @@ class Engine:
         self._tokens.close()
         self._frontend.close()
         arena_path(self.settings.run_folder()).unlink(missing_ok=True)
+
+
+def start_process(name: str, settings: Settings, log: Path) -> subprocess.Popen[bytes]:
+    """Start one of the server's processes; what it prints goes to `log`. It ends with this one."""
+    others = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)}
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", name],
+            cwd=ROOT,
+            env={**others, **to_environment(settings), "LORADEX_CONFIG": os.devnull},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
+        )
 
 
 def _die_with_parent() -> None:

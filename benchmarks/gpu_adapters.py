@@ -36,6 +36,7 @@ from benchmarks.engine import Engine, Metrics, Reply, Request
 from benchmarks.harness import Results, Scene, common_options, prompt, serving
 from benchmarks.models import make_model
 from pipeline.arena import ALIGNMENT
+from pipeline.messages import AdapterKey
 from pipeline.model_config import ModelConfig, read_model_config
 
 KIND = AdapterKind()
@@ -288,7 +289,7 @@ def gaps(bench: Bench, host_rate: float, file_rate: float, files: int) -> None:
         return lambda: engine.submit(bench.request(next(adapters), 16, 1))
 
     def load(adapters: Iterator[int]) -> Callable[[], object]:
-        return lambda: engine.prefetch(name_of(next(adapters)))
+        return lambda: engine.prefetch(AdapterKey("local", name_of(next(adapters))))
 
     quiet = Disturbance("nothing", 0, lambda: None)
     baseline: list[float] = []

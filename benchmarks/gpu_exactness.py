@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from adapter_loader.bundled_model import bundled_model
-from adapter_loader.checkpoint import BaseModel, check, pack, plan
+from adapter_loader.checkpoint import BaseModel, check
+from adapter_loader.packing import pack, plan
 from adapter_loader.peft_config import parse_peft_config
 from benchmarks.machine import commit, machine
 from gpu_worker.batch import make_batch

@@ -30,6 +30,7 @@ from pipeline.process import run
 
 NAME = "gpu_worker"
 POLL_SECONDS = 20e-6  # between two looks at a device that is busy
+COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies between steps
 
 
 def main(settings: Settings, index: int) -> None:
@@ -68,13 +69,13 @@ class Process:
                 stats_due = now + self._settings.stats_seconds
             wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
             messages = self._inbox.receive(wait_ms)
+            went_on = not messages and self._worker.advance(0)
             for message in messages:
                 match message:
                     case Step():
-                        self._launched.append(self._worker.launch(message))
+                        self._step(message)
                     case PlaceAdapter():
                         self._worker.place(message)
-                        self._send_placed()  # on a CPU it is there, and a step would take long
                     case AttachArena():
                         self._worker.attach_arena(attach(Path(message.path), message.nbytes))
                     case Shutdown():
@@ -82,8 +83,17 @@ class Process:
                     case _:
                         assert_never(message)
             placed, done = self._send_placed(), self._send_done()
-            if not (placed or done or messages) and self._is_busy:
+            if not (placed or done or messages or went_on) and self._is_busy:
                 time.sleep(POLL_SECONDS)
+
+    def _step(self, message: Step) -> None:
+        """Launch it. On a CPU it is over then: its tokens go out, and adapters get their share of
+        the time, before the next step that has come already."""
+        start = time.monotonic()
+        self._launched.append(self._worker.launch(message))
+        self._send_placed()
+        self._send_done()
+        self._worker.advance(COPY_SHARE * (time.monotonic() - start))
 
     @property
     def _is_busy(self) -> bool:
@@ -91,7 +101,7 @@ class Process:
 
     def _send_placed(self) -> bool:
         """The adapters that have arrived, in order. Returns whether there was one."""
-        slots = self._worker.adapters.placed()
+        slots = self._worker.placed()
         for slot in slots:
             self._outbox.send("scheduler", AdapterPlaced(slot, index=self._index))
         return bool(slots)

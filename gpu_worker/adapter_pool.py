@@ -1,8 +1,14 @@
-"""The adapter pool: packed adapters in one run of device memory, where the scheduler puts them."""
+"""The adapter pool: packed adapters in one run of device memory, where the scheduler puts them.
 
+This is that of a CPU, where one thread both copies and steps. So a copy goes piece by piece,
+between the steps of others; a step that uses the adapter makes it whole first.
+"""
+
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from mmap import mmap
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +30,16 @@ from pipeline.adapter_layout import (
 from pipeline.messages import AdapterCopy, PlaceAdapter
 
 SCRATCH_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20  # about 0.3 ms
+
+
+class _Copy(NamedTuple):
+    """Bytes on their way into a slot."""
+
+    slot: int
+    offset: int  # in the pool
+    target: Tensor
+    source: Tensor
 
 
 class AdapterPool:
@@ -49,6 +65,8 @@ class AdapterPool:
         self._versions = 0
         self._ranks: dict[int, bytes] = {}  # by slot
         self._scratch = torch.empty((SCRATCH_BYTES,), dtype=torch.uint8, device=device)
+        self._copies: deque[_Copy] = deque()  # to be made, in order
+        self._copied = 0  # bytes of the first
         self._placed: deque[int] = deque()
 
     @property
@@ -61,43 +79,72 @@ class AdapterPool:
         self._arena = torch.frombuffer(arena, dtype=torch.uint8)
 
     def place(self, message: PlaceAdapter) -> None:
-        """Bring an adapter in, in place of what its slot held; it is there when this returns."""
+        """Start to bring an adapter in, in place of what its slot held."""
+        while message.moves and self._copies:  # moves may be of what is on its way
+            self._copy_piece()
         for move in message.moves:
             move_down(self._pool, move.from_offset, move.to_offset, move.nbytes, self._scratch)
             self._show(move.slot, move.to_offset)
-        self._copy(message.copy)
-        self._placed.append(message.copy.slot)
+        self._begin(message.copy)
+
+    def advance(self, seconds: float) -> bool:
+        """Go on with what is on its way for so long, or for one piece if that takes longer.
+
+        Returns False when there is nothing to be done.
+        """
+        if not self._copies:
+            return False
+        until = time.perf_counter() + seconds
+        self._copy_piece()
+        while self._copies and time.perf_counter() < until:
+            self._copy_piece()
+        return True
 
     def placed(self) -> list[int]:
-        """Slots of the placements since the last call, in their order."""
+        """Slots of the placements that have ended since the last call, in their order."""
         slots = list(self._placed)
         self._placed.clear()
         return slots
 
     @property
     def is_placing(self) -> bool:
-        """Whether `placed` has more to say."""
-        return bool(self._placed)
+        """Whether `placed` has more to say, now or later."""
+        return bool(self._copies or self._placed)
 
     def arrivals(self, segments: Iterable[Segment]) -> Arrivals | None:
-        """What a step of these segments has to wait for: nothing, here."""
+        """What a step of these segments has to wait for: nothing, once this returns."""
+        slots = {segment.slot for segment in segments}
+        while any(copy.slot in slots for copy in self._copies):
+            self._copy_piece()
         return None
 
-    def _copy(self, copy: AdapterCopy) -> None:
+    def _begin(self, copy: AdapterCopy) -> None:
         if self._arena is None:
             raise ValueError("an adapter is to be copied before the arena is attached")
-        target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
-        target.copy_(self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes])
+        nbytes = layout(unpack_ranks(copy.ranks), self.shapes, self._dtype.itemsize).nbytes
+        if nbytes != copy.nbytes:
+            raise ValueError(f"{copy.nbytes} bytes for an adapter of {nbytes}")
         self._ranks[copy.slot] = copy.ranks
-        found = self._show(copy.slot, copy.pool_offset)
-        if found.nbytes != copy.nbytes:
-            raise ValueError(f"{copy.nbytes} bytes for an adapter of {found.nbytes}")
+        target = self._pool[copy.pool_offset : copy.pool_offset + copy.nbytes]
+        source = self._arena[copy.arena_offset : copy.arena_offset + copy.nbytes]
+        self._copies.append(_Copy(copy.slot, copy.pool_offset, target, source))
 
-    def _show(self, slot: int, offset: int) -> Adapter:
+    def _copy_piece(self) -> None:
+        """Of the oldest copy. Its slot shows it once it is whole."""
+        slot, offset, target, source = self._copies[0]
+        piece = slice(self._copied, self._copied + PIECE_BYTES)
+        target[piece].copy_(source[piece])
+        self._copied += PIECE_BYTES
+        if self._copied >= len(target):
+            self._copies.popleft()
+            self._copied = 0
+            self._show(slot, offset)
+            self._placed.append(slot)
+
+    def _show(self, slot: int, offset: int) -> None:
         """The adapter of this slot lies there from now on."""
         self._versions += 1
         self._adapters[slot] = self._views(offset, unpack_ranks(self._ranks[slot]))
-        return self._adapters[slot]
 
     def _views(self, offset: int, ranks: Sequence[int]) -> Adapter:
         places = layout(ranks, self.shapes, self._dtype.itemsize)

@@ -30,7 +30,7 @@ from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
-from pipeline.messages import WorkerReady
+from pipeline.messages import Step, WorkerReady
 from pipeline.model_config import ModelConfig, read_model_config
 
 BLOCK_TOKENS = 16
@@ -91,6 +91,8 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         from gpu_worker.build_cuda import make_ready  # Triton is not there on a plain CPU
 
         make_ready(worker, forward, parts.settings, parts.kv_cache.block_tokens)
+    else:
+        worker.rehearse(Step(0))  # numpy reads parts of itself from disk when first used
     ready = _ready(parts, index)
     facts = _facts(parts, ready)
     log.info("event=worker_ready %s", " ".join(f"{name}={fact}" for name, fact in facts.items()))

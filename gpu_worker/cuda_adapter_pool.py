@@ -68,6 +68,10 @@ class CudaAdapterPool:
         self._arriving.update(arrivals)
         self._placing.append(_Placing(slot, arrivals))
 
+    def advance(self, seconds: float) -> bool:
+        """Nothing is to be done: the device copies by itself."""
+        return False
+
     def placed(self) -> list[int]:
         """Slots of the placements that have ended since the last call, in their order: the arena
         is not read for them any more."""

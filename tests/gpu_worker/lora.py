@@ -42,4 +42,11 @@ def make_pool(
     pool.attach_arena(arena)
     for copy in copies:
         pool.place(PlaceAdapter(copy))
+    finish(pool)
     return pool
+
+
+def finish(pool: AdapterPool) -> None:
+    """Let all come in that is on its way."""
+    while pool.advance(0):
+        pass

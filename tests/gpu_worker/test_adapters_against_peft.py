@@ -154,6 +154,8 @@ def test_it_says_once_and_in_order_which_adapters_have_been_placed(
     for copy in reversed(copies):
         worker.place(PlaceAdapter(copy))
     assert worker.adapters.is_placing
+    while worker.advance(0):
+        pass
     assert worker.adapters.placed() == [2, 1, 0]
     assert not worker.adapters.is_placing
     assert worker.adapters.placed() == []

@@ -14,7 +14,7 @@ from pipeline.adapter_layout import MODULES
 from pipeline.messages import AdapterCopy, AdapterKey, AdapterMove, PlaceAdapter
 from scheduler.adapter_pool import ALIGNMENT, Extent, Place
 from scheduler.adapter_pool import AdapterPool as Planner
-from tests.gpu_worker.lora import CPU, make_shapes
+from tests.gpu_worker.lora import CPU, finish, make_shapes
 from tests.gpu_worker.packing import arena_of, pack, random_weights
 
 SHAPES = make_shapes(hidden=8, kv=4, intermediate=12)
@@ -101,6 +101,7 @@ class Pools:
 
     def check(self) -> None:
         """Everybody has its room, and its matrices."""
+        finish(self.pool)
         end = 0
         for _, extent in sorted(self.resident.values(), key=lambda one: one.extent.offset):
             assert end <= extent.offset

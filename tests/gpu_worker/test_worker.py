@@ -136,6 +136,9 @@ def test_figures_count_steps_tokens_and_copies(
     driver.step(copies=copies)
     driver.add(0, prompt(1, 6))
     driver.generate([0], 4)
+    while worker.advance(0):
+        pass
+    assert worker.placed() == [0, 1, 2]
 
     values = {s.name + str(s.labels or ""): s.value for f in registry.collect() for s in f.samples}
     assert values["loradex_step_seconds_count"] == 4
