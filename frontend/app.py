@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from frontend import metrics
+from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import AdapterNames, UsedAdapters
 from frontend.calls import Call, Dialect
 from frontend.downstream import Downstream
@@ -31,6 +32,7 @@ def make_app(
     """The application of one frontend. It changes nothing that outlives it but metrics."""
     openai, lorax = _dialects(settings, processes)
     used = UsedAdapters()
+    adapter_metrics = AdapterMetrics(settings.adapter_labels)
     operations = Operations(
         settings, index, processes=processes, admission=downstream.admission, used=used
     )
@@ -46,6 +48,7 @@ def make_app(
             downstream=downstream,
             processes=processes,
             used=used,
+            adapter_metrics=adapter_metrics,
             max_body_bytes=settings.max_body_bytes,
         )
         return Route(path, endpoint, methods=["POST"])

@@ -218,6 +218,9 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0
+    adapter_labels: Annotated[
+        int, Meta(ge=0, le=10_000, description="adapters that /metrics names; the rest are `other`")
+    ] = 100
     run_dir: Annotated[
         str, Meta(description="folder for sockets; a private one per user and port when empty")
     ] = ""

@@ -375,6 +375,21 @@ class AdapterFailed(Message, frozen=True):
     failure: Failure
 
 
+class ForgetAdapter(Message, frozen=True):
+    """scheduler -> adapter_loader: keep nothing of this adapter. Answered by one AdapterDropped."""
+
+    adapter: AdapterKey
+
+
+class AdapterDropped(Message, frozen=True):
+    """adapter_loader -> scheduler: the arena holds nothing of this adapter any more.
+
+    Also sent when its room was needed for others.
+    """
+
+    adapter: AdapterKey
+
+
 # --- scheduler -> tokenizer_workers --------------------------------------------------------------
 
 
@@ -458,7 +473,8 @@ ToScheduler = (
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
+    | AdapterDropped
     | Shutdown
 )
 ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | Shutdown
+ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown

@@ -54,6 +54,7 @@ PURE = (
     "adapter_loader/recent_failures.py",
     "frontend/streams.py",
     "frontend/adapter_ids.py",
+    "frontend/adapter_labels.py",
     "frontend/admission.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",

@@ -1,0 +1,56 @@
+"""docs/metrics.md lists the metrics of the code: names, types and labels, process by process."""
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
+
+import adapter_loader.loading
+import adapter_loader.metrics
+import adapter_loader.remote.disk_cache
+import frontend.metrics
+import tokenizer_workers.__main__
+from adapter_loader.core import Core
+from gpu_worker.figures import Figures
+from pipeline.config import Settings
+from scheduler.core import Scheduler
+from scheduler.metrics import FiguresCollector
+from tests.metrics_page import Row, rows
+
+
+def collectors() -> dict[str, list[Collector]]:
+    """All that each process registers."""
+    scheduler = Scheduler(settings=Settings(), eos_token_ids=())
+    arena = adapter_loader.metrics.ArenaCollector(Core(arena_bytes=4096, load_seconds=1))
+    loading = (adapter_loader.loading, adapter_loader.metrics, adapter_loader.remote.disk_cache)
+    return {
+        "frontend": found_in(frontend.metrics),
+        "tokenizer_workers": found_in(tokenizer_workers.__main__),
+        "scheduler": [FiguresCollector(scheduler.figures)],
+        "adapter_loader": [arena, *(one for module in loading for one in found_in(module))],
+        "gpu_worker": found_in(Figures(CollectorRegistry())),
+    }
+
+
+def found_in(holder: object) -> list[Collector]:
+    """The metrics among the attributes."""
+    return [one for one in vars(holder).values() if isinstance(one, MetricWrapperBase)]
+
+
+def described(collector: Collector) -> dict[str, Row]:
+    """name as it is shown -> what a row of the page should say."""
+    if isinstance(collector, MetricWrapperBase):
+        labels = frozenset(collector._labelnames)
+        families = list(collector.describe())
+    else:
+        families = list(collector.collect())
+        labels = frozenset()
+    return {
+        f"{one.name}_total" if one.type == "counter" else one.name: Row(one.type, labels)
+        for one in families
+    }
+
+
+def test_the_page_lists_every_metric_of_every_process() -> None:
+    for process, of_process in collectors().items():
+        metrics = {name: row for one in of_process for name, row in described(one).items()}
+        assert rows()[process] == metrics, process
