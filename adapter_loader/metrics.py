@@ -1,4 +1,4 @@
-"""What the loader counts: answered loads, and the arena, read from the core when it is asked for."""
+"""What the loader counts: answered loads, and the arena as the core knows it."""
 
 from collections.abc import Iterable
 

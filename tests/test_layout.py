@@ -38,6 +38,7 @@ ALLOWED = {
 }
 # modules that decide and never talk: no socket, no clock, no thread, no file
 PURE = (
+    "scheduler/catalogue.py",
     "scheduler/core.py",
     "scheduler/sequence.py",
     "scheduler/kv_blocks.py",
@@ -55,6 +56,7 @@ PURE = (
     "frontend/streams.py",
     "frontend/adapter_ids.py",
     "frontend/adapter_labels.py",
+    "frontend/aliases.py",
     "frontend/admission.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",

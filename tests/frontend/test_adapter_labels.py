@@ -12,8 +12,8 @@ from pipeline.messages import AdapterKey, FinishReason, Usage
 from pipeline.metrics import REGISTRY
 
 
-def key(name: str, **more: str) -> AdapterKey:
-    return AdapterKey("local", name, **more)
+def key(name: str, scope: str = "") -> AdapterKey:
+    return AdapterKey("local", name, scope=scope)
 
 
 def test_a_label_is_source_id_and_revision() -> None:
