@@ -16,6 +16,12 @@ free, but not in a row, others are moved together: those that are not pinned, an
 not help, those that run as well. Only the first few in turn are looked at, as often as room may be
 found: there may be hundreds.
 
+Administrators can want an adapter, which then counts as waited for though nobody's turn is; keep
+one, which is then not evicted, but may be moved; and retire one:
+
+    nobody starts with it -> nobody runs with it, nor is its copy or load on the way -> evicted
+    -> forgotten by the loader -> absent, or loaded anew for those that wait
+
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
 the step would hold up all its rows for.
@@ -24,7 +30,7 @@ the step would hold up all its rows for.
 import heapq
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.messages import (
@@ -33,6 +39,7 @@ from pipeline.messages import (
     AdapterMove,
     AdapterStaged,
     Failure,
+    ForgetAdapter,
     LoadAdapter,
     PlaceAdapter,
     Prefetch,
@@ -46,6 +53,7 @@ from scheduler.sequence import Sequence
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 MAX_TRIES = 8  # adapters that room is looked for in, at a time
+ADMINISTRATORS = "administrators"  # a tenant that no digest is
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
@@ -58,13 +66,16 @@ class Adapter:
         "admits",
         "asked_by",
         "extent",
+        "kept",
         "key",
         "last_used",
         "pins",
+        "retiring",
         "running",
         "staged",
         "used",
         "waiting",
+        "wants",
     )
 
     def __init__(self, key: AdapterKey) -> None:
@@ -78,6 +89,24 @@ class Adapter:
         self.running = 0  # those of the pins that are of sequences
         self.used = False  # somebody has started with it since it has its extent
         self.last_used = 0  # counts up over all adapters
+        self.wants: list[Want] = []
+        self.kept = False  # resident, and not to be evicted
+        self.retiring = False
+
+    @property
+    def is_waited_for(self) -> bool:
+        return bool(self.waiting or self.wants)
+
+
+class Want:
+    """An administrator waits for an adapter, from `want` to `unwant`."""
+
+    __slots__ = ("failure", "key", "token")
+
+    def __init__(self, key: AdapterKey, token: str | None) -> None:
+        self.key = key
+        self.token = token
+        self.failure: Failure | None = None  # why it will not come
 
 
 class _Placing(NamedTuple):
@@ -98,7 +127,7 @@ class Adapters:
         self,
         *,
         policy: Policy,
-        send: Callable[[LoadAdapter | ReleaseAdapter], None],
+        send: Callable[[LoadAdapter | ReleaseAdapter | ForgetAdapter], None],
         load_seconds: float,
     ) -> None:
         self._policy = policy
@@ -116,6 +145,11 @@ class Adapters:
         self._room_may_be_found = False
         self._uses = 0
         self.running_bytes = 0  # of those that sequences run with
+        self.evictions = 0  # for others, since the start
+
+    def __iter__(self) -> Iterator[AdapterKey]:
+        """All that are not absent."""
+        return iter(self._adapter_of)
 
     @property
     def resident(self) -> int:
@@ -124,6 +158,34 @@ class Adapters:
     @property
     def pool_used_bytes(self) -> int:
         return self._pool.used_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        return self._pool.nbytes
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(_nbytes(adapter) for adapter in self._resident.values() if adapter.kept)
+
+    @property
+    def kept(self) -> int:
+        return sum(adapter.kept for adapter in self._resident.values())
+
+    def is_kept(self, key: AdapterKey) -> bool:
+        return key in self._resident and self._resident[key].kept
+
+    def pins(self, key: AdapterKey) -> int:
+        """What keeps it where it is."""
+        return self._resident[key].pins if key in self._resident else 0
+
+    def by_use(self) -> tuple[list[AdapterKey], list[AdapterKey]]:
+        """Those that are resident, and those that are not and are waited for; the latest first."""
+        known = sorted(self._adapter_of.values(), key=lambda one: one.last_used, reverse=True)
+        resident = [one.key for one in known if one.extent is not None]
+        return resident, [one.key for one in known if one.extent is None and one.is_waited_for]
+
+    def is_resident(self, key: AdapterKey) -> bool:
+        return key in self._resident
 
     def worker_ready(self, *, pool_bytes: int, slots: int) -> None:
         self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
@@ -154,9 +216,11 @@ class Adapters:
         discard(adapter.waiting, sequence)
         if adapter.extent is not None:
             self._room_may_be_found |= adapter.pins == 0
+        elif adapter.retiring:
+            return
         elif adapter.asked_by is None:
             self._want_less(adapter, sequence.tenant)
-        elif adapter.staged is not None and not adapter.waiting:
+        elif adapter.staged is not None and not adapter.is_waited_for:
             self._give_up(adapter)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
@@ -167,6 +231,86 @@ class Adapters:
         elif self._loads[message.tenant] < MAX_LOADS:
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
             self._load(adapter, message.tenant, message.adapter_token, now)
+
+    # --- what administrators want ---
+
+    def want(self, key: AdapterKey, token: str | None, now: float) -> Want:
+        """Bring it into the pool, and do not give it up until `unwant`."""
+        want = Want(key, token)
+        adapter = self._adapter_of.get(key)
+        if adapter is None:
+            adapter = self._adapter_of[key] = Adapter(key)
+        adapter.wants.append(want)
+        if adapter.extent is None:
+            self._bring(adapter, now)
+        return want
+
+    def unwant(self, want: Want) -> None:
+        adapter = self._adapter_of.get(want.key)
+        if adapter is None or want not in adapter.wants:
+            return  # it has failed
+        adapter.wants.remove(want)
+        waits_for_room = adapter.staged is not None and adapter.extent is None
+        if waits_for_room and not adapter.is_waited_for:
+            self._give_up(adapter)
+
+    def has_arrived(self, key: AdapterKey) -> bool:
+        """Whether it is resident, all of it, and stays so for a while."""
+        adapter = self._resident.get(key)
+        if adapter is None or adapter.retiring:
+            return False
+        return all(placing.adapter is not adapter for placing in self._arriving)
+
+    def keep(self, key: AdapterKey, most_bytes: int) -> bool:
+        """Do not evict this resident adapter; False if more than so many bytes would be kept."""
+        adapter = self._resident[key]
+        kept_bytes = self.kept_bytes + (0 if adapter.kept else _nbytes(adapter))
+        adapter.kept = adapter.kept or kept_bytes <= most_bytes
+        return adapter.kept
+
+    def unkeep(self, key: AdapterKey) -> bool:
+        """Let it be evicted; False if it was not kept."""
+        adapter = self._adapter_of.get(key)
+        if adapter is None or not adapter.kept:
+            return False
+        adapter.kept = False
+        self._room_may_be_found = True
+        return True
+
+    def retire(self, key: AdapterKey) -> None:
+        """Take it out of pool and arena, as soon as nobody uses it."""
+        adapter = self._adapter_of.get(key)
+        if adapter is None:
+            adapter = self._adapter_of[key] = Adapter(key)
+        if not adapter.retiring:
+            adapter.retiring = True
+            adapter.kept = False
+            self._shut(adapter)
+            self._retire_further(adapter)
+
+    def is_retiring(self, key: AdapterKey) -> bool:
+        adapter = self._adapter_of.get(key)
+        return adapter is not None and adapter.retiring
+
+    def dropped(self, key: AdapterKey, now: float) -> None:
+        """The arena holds nothing of it any more."""
+        adapter = self._adapter_of.get(key)
+        if adapter is not None and adapter.retiring and not _is_used(adapter):
+            adapter.retiring = False
+            self._bring(adapter, now)
+
+    def _retire_further(self, adapter: Adapter) -> None:
+        """Evict it, or give its lease back, then have it forgotten; nothing while it is used."""
+        if adapter.extent is not None and adapter.pins == 0:
+            self._pool.evict(adapter.extent)
+            self._left_the_pool(adapter)
+            self._room_may_be_found = True
+        elif adapter.extent is None and adapter.staged is not None:
+            self._release(adapter)
+            self._needs_no_room(adapter)
+            adapter.staged = None
+        if not _is_used(adapter):
+            self._send(ForgetAdapter(adapter.key))
 
     # --- who runs ---
 
@@ -204,13 +348,21 @@ class Adapters:
         self._without_room.append(adapter)
         self._policy.block(adapter.key)
         self._room_may_be_found = True
+        if adapter.retiring:
+            self._retire_further(adapter)
 
-    def failed(self, key: AdapterKey) -> list[Sequence]:
+    def failed(self, key: AdapterKey, failure: Failure) -> list[Sequence]:
         """The adapter cannot be had. Returns those that waited for it."""
         self._load_deadline_of.pop(key, None)
-        adapter = self._adapter_of.pop(key)
+        adapter = self._adapter_of[key]
         self._load_is_over(adapter)
-        return adapter.waiting
+        _fail_wants(adapter, failure)
+        waiting = list(adapter.waiting)
+        if adapter.retiring:
+            self._retire_further(adapter)
+        else:
+            del self._adapter_of[key]
+        return waiting
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those that wait for a load that should have been answered. A later answer is used."""
@@ -245,7 +397,7 @@ class Adapters:
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now)) is not None:
                     placements.append(message)
-                elif not adapter.waiting:
+                elif not adapter.is_waited_for:
                     self._give_up(adapter)
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
@@ -271,13 +423,15 @@ class Adapters:
                 return
             ahead += _nbytes(adapter)
             for one in (adapter, *moved):
-                if not one.admits:
+                if not one.admits and not one.retiring:
                     one.admits = True
                     self._policy.admit(one.key)
 
     def _let_go(self, adapter: Adapter) -> None:
         adapter.pins -= 1
         self._room_may_be_found |= adapter.pins == 0
+        if adapter.retiring:
+            self._retire_further(adapter)
 
     def _shut(self, adapter: Adapter) -> None:
         """Let nobody start with it."""
@@ -311,7 +465,7 @@ class Adapters:
         candidates = [
             one
             for one in others
-            if not one.pins and (overdue or self._makes_room(one, adapter, now))
+            if not one.pins and not one.kept and (overdue or self._makes_room(one, adapter, now))
         ]
         candidates.sort(key=_worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
@@ -356,19 +510,30 @@ class Adapters:
         )
 
     def _evicted(self, adapter: Adapter, now: float) -> None:
+        self.evictions += 1
+        self._left_the_pool(adapter)
+        self._bring(adapter, now)
+
+    def _left_the_pool(self, adapter: Adapter) -> None:
         adapter.extent = None
         adapter.staged = None
         del self._resident[adapter.key]
         self._shut(adapter)
-        if not adapter.waiting:
+
+    def _bring(self, adapter: Adapter, now: float) -> None:
+        """Ask for it on behalf of all that wait; without any it is absent."""
+        if not adapter.is_waited_for:
             del self._adapter_of[adapter.key]
             return
+        if adapter.wants and adapter.asked_by is None and not adapter.retiring:
+            self._load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
             self._want(adapter, tenant, now)
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
         failure = failures.adapter_too_large(adapter.key, _nbytes(adapter), self._pool.nbytes)
+        _fail_wants(adapter, failure)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]
 
@@ -382,7 +547,7 @@ class Adapters:
 
     def _want(self, adapter: Adapter, tenant: str, now: float) -> None:
         """Ask for it as soon as this tenant may have one more load."""
-        if adapter.asked_by is not None:
+        if adapter.asked_by is not None or adapter.retiring:
             return
         if self._loads[tenant] >= MAX_LOADS:
             self._wanted.setdefault(tenant, {})[adapter.key] = adapter
@@ -394,7 +559,7 @@ class Adapters:
         """One of this tenant does not wait any more for what has not been asked for."""
         if all(sequence.tenant != tenant for sequence in adapter.waiting):
             self._not_wanted(adapter, tenant)
-        if not adapter.waiting:
+        if not adapter.is_waited_for:
             del self._adapter_of[adapter.key]
 
     def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
@@ -439,6 +604,17 @@ class Adapters:
 def _nbytes(adapter: Adapter) -> int:
     assert adapter.staged is not None
     return adapter.staged.nbytes
+
+
+def _is_used(adapter: Adapter) -> bool:
+    """Whether it lies in the pool or the arena on our account, or is on its way there."""
+    return not (adapter.extent is None and adapter.staged is None and adapter.asked_by is None)
+
+
+def _fail_wants(adapter: Adapter, failure: Failure) -> None:
+    for want in adapter.wants:
+        want.failure = failure
+    adapter.wants = []
 
 
 def _copy(adapter: Adapter) -> AdapterCopy:

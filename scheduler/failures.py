@@ -55,3 +55,33 @@ def not_finite(adapter: AdapterKey | None) -> Failure:
         FailureKind.ADAPTER_INVALID,
         f"the model with adapter {adapter.id} gave logits that are not finite",
     )
+
+
+def name_is_taken(name: str) -> Failure:
+    """In vLLM's words, which controllers look for."""
+    return Failure(
+        400,
+        FailureKind.VALIDATION,
+        f"The lora adapter '{name}' has already been loaded. "
+        "To replace it, set 'load_inplace' to true.",
+    )
+
+
+def no_such_name(name: str) -> Failure:
+    """In vLLM's words, which controllers look for."""
+    return Failure(
+        404, FailureKind.ADAPTER_NOT_FOUND, f"The lora adapter '{name}' cannot be found."
+    )
+
+
+def not_pinned(adapter: AdapterKey) -> Failure:
+    return Failure(404, FailureKind.ADAPTER_NOT_FOUND, f"adapter {adapter.id} is not pinned")
+
+
+def too_much_pinned(adapter: AdapterKey, pinned: int, most: int) -> Failure:
+    return Failure(
+        400,
+        FailureKind.VALIDATION,
+        f"adapter {adapter.id} cannot be pinned: {pinned} bytes of the adapter pool are, and "
+        f"pinned_pool_fraction allows {most}",
+    )

@@ -6,6 +6,7 @@ import msgspec
 
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 ADDED_ON_THE_WAY = frozenset({"process", "index"})  # to every sample, by pipeline.metrics
+PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "adapter_loader", "gpu_worker")
 OF_HISTOGRAMS = frozenset({"le"})
 
 
@@ -23,7 +24,7 @@ def rows() -> dict[str, dict[str, Row]]:
     for line in PAGE.read_text().splitlines():
         if line.startswith("## "):
             process = line.removeprefix("## ")
-        elif line.startswith("| `"):
+        elif process in PROCESSES and line.startswith("| `"):
             _, name, kind, labels, meaning, _ = (cell.strip() for cell in line.split("|"))
             assert meaning, f"{name} has no meaning"
             names = frozenset(label.strip("` ") for label in labels.split(",") if label)

@@ -38,6 +38,8 @@ ALLOWED = {
 }
 # modules that decide and never talk: no socket, no clock, no thread, no file
 PURE = (
+    "scheduler/adapters.py",
+    "scheduler/administration.py",
     "scheduler/catalogue.py",
     "scheduler/core.py",
     "scheduler/sequence.py",

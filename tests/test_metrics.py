@@ -1,6 +1,7 @@
 """docs/metrics.md lists the metrics of the code: names, types and labels, process by process."""
 
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
@@ -13,19 +14,22 @@ from adapter_loader.core import Core
 from gpu_worker.figures import Figures
 from pipeline.config import Settings
 from scheduler.core import Scheduler
-from scheduler.metrics import FiguresCollector
+from scheduler.metrics import AdaptersCollector, FiguresCollector
 from tests.metrics_page import Row, rows
 
 
 def collectors() -> dict[str, list[Collector]]:
     """All that each process registers."""
     scheduler = Scheduler(settings=Settings(), eos_token_ids=())
+    adapters = AdaptersCollector(
+        tier_hits=scheduler.tier_hits, names=scheduler.adapter_names, slots=1
+    )
     arena = adapter_loader.metrics.ArenaCollector(Core(arena_bytes=4096, load_seconds=1))
     loading = (adapter_loader.loading, adapter_loader.metrics, adapter_loader.remote.disk_cache)
     return {
         "frontend": found_in(frontend.metrics),
         "tokenizer_workers": found_in(tokenizer_workers.__main__),
-        "scheduler": [FiguresCollector(scheduler.figures)],
+        "scheduler": [FiguresCollector(scheduler.figures), adapters],
         "adapter_loader": [arena, *(one for module in loading for one in found_in(module))],
         "gpu_worker": found_in(Figures(CollectorRegistry())),
     }
@@ -40,14 +44,17 @@ def described(collector: Collector) -> dict[str, Row]:
     """name as it is shown -> what a row of the page should say."""
     if isinstance(collector, MetricWrapperBase):
         labels = frozenset(collector._labelnames)
-        families = list(collector.describe())
-    else:
-        families = list(collector.collect())
-        labels = frozenset()
+        return {_shown(one): Row(one.type, labels) for one in collector.describe()}
     return {
-        f"{one.name}_total" if one.type == "counter" else one.name: Row(one.type, labels)
-        for one in families
+        _shown(one): Row(
+            one.type, frozenset(name for sample in one.samples for name in sample.labels)
+        )
+        for one in collector.collect()
     }
+
+
+def _shown(family: Metric) -> str:
+    return f"{family.name}_total" if family.type == "counter" else family.name
 
 
 def test_the_page_lists_every_metric_of_every_process() -> None:

@@ -174,7 +174,7 @@ async def test_without_permission_nothing_is_administered(route: str) -> None:
 @pytest.mark.parametrize("given", ["", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "é"])
 async def test_where_a_key_is_set_it_must_be_shown(route: str, given: str) -> None:
     backend = Scheduled(admin_api_key=KEY)
-    headers = {"Authorization": given.encode("latin-1")}
+    headers = {b"Authorization": given.encode("latin-1")}
     async with backend.client() as client:
         reply = await client.post(route, json={**LOAD, "id": "x"}, headers=headers)
     assert reply.status_code == 401
