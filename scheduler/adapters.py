@@ -160,12 +160,9 @@ class Adapters:
         return self._pool.used_bytes
 
     @property
-    def pool_bytes(self) -> int:
-        return self._pool.nbytes
-
-    @property
     def kept_bytes(self) -> int:
-        return sum(_nbytes(adapter) for adapter in self._resident.values() if adapter.kept)
+        kept = [one.extent for one in self._resident.values() if one.kept]
+        return sum(extent.end - extent.offset for extent in kept if extent is not None)
 
     @property
     def kept(self) -> int:
@@ -261,12 +258,19 @@ class Adapters:
             return False
         return all(placing.adapter is not adapter for placing in self._arriving)
 
-    def keep(self, key: AdapterKey, most_bytes: int) -> bool:
-        """Do not evict this resident adapter; False if more than so many bytes would be kept."""
+    def keep(self, key: AdapterKey, fraction: float) -> bool:
+        """Do not evict this resident adapter; False if it took too much of the pool's bytes or
+        slots, with what is kept already."""
         adapter = self._resident[key]
-        kept_bytes = self.kept_bytes + (0 if adapter.kept else _nbytes(adapter))
-        adapter.kept = adapter.kept or kept_bytes <= most_bytes
-        return adapter.kept
+        if adapter.kept:
+            return True
+        adapter.kept = True
+        pool = self._pool
+        if self.kept_bytes > fraction * pool.nbytes or self.kept > fraction * pool.slots:
+            adapter.kept = False
+            return False
+        self._room_may_be_found = True  # some may never have any now
+        return True
 
     def unkeep(self, key: AdapterKey) -> bool:
         """Let it be evicted; False if it was not kept."""
@@ -393,7 +397,7 @@ class Adapters:
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
-                if not self._pool.holds(_nbytes(adapter)):
+                if not self._can_have_room(adapter):
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now)) is not None:
                     placements.append(message)
@@ -404,6 +408,11 @@ class Adapters:
         self._admit()
         self._ask(now)
         return placements, failed
+
+    def _can_have_room(self, adapter: Adapter) -> bool:
+        """Whether it fits beside those that are kept."""
+        pool = self._pool
+        return self.kept < pool.slots and pool.holds(_nbytes(adapter), beside=self.kept_bytes)
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""
@@ -532,7 +541,9 @@ class Adapters:
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
-        failure = failures.adapter_too_large(adapter.key, _nbytes(adapter), self._pool.nbytes)
+        failure = failures.adapter_too_large(
+            adapter.key, _nbytes(adapter), self._pool.nbytes, self.kept_bytes
+        )
         _fail_wants(adapter, failure)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]

@@ -221,9 +221,10 @@ class Administration:
             self._adapters.unwant(want)
 
     def _keep(self, key: AdapterKey) -> None:
-        most = int(self._pinned_fraction * self._adapters.pool_bytes)
-        if not self._adapters.keep(key, most):
-            raise Refused(failures.too_much_pinned(key, self._adapters.kept_bytes, most))
+        adapters = self._adapters
+        if not adapters.keep(key, self._pinned_fraction):
+            pinned = (adapters.kept, adapters.kept_bytes)
+            raise Refused(failures.too_much_pinned(key, *pinned, self._pinned_fraction))
 
 
 def _adapter(command: AdminCommand) -> AdapterKey:

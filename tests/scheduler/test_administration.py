@@ -304,10 +304,39 @@ def test_only_a_share_of_the_pool_can_be_pinned() -> None:
     assert refused is not None
     assert refused.status == 400
     assert "512 bytes" in refused.message
-    assert "1024" in refused.message
+    assert "0.5 of the adapter pool" in refused.message
     assert pinned(world, "c", nbytes=512) is None
     figures = world.core.figures()
     assert (figures.adapters_pinned, figures.adapter_pool_pinned_bytes) == (2, 1024)
+
+
+def test_what_cannot_fit_beside_the_pinned_ones_is_refused_and_holds_up_nobody() -> None:
+    world = World(pool_bytes=1024)
+    assert pinned(world, "a", nbytes=512) is None
+    large = world.submit(adapter="large")
+    world.stage(nbytes=1024)
+    failure = world.finished[large].failure
+    assert failure is not None
+    assert failure.message.endswith("has 1024, of which 512 are pinned")
+
+
+def test_what_waits_for_room_is_refused_when_a_pin_takes_it_for_good() -> None:
+    world = World(pool_bytes=1024)
+    running = world.submit(adapter="a", max_tokens=50)
+    world.stage(nbytes=512)
+    world.step()
+    large = world.submit(adapter="large")
+    world.stage(nbytes=1024)
+    assert large not in world.finished
+    assert world.done[world.command(PIN, adapter="a")] is None
+    assert world.finished[large].reason is FinishReason.ERROR
+    assert running not in world.finished
+
+
+def test_pins_take_a_share_of_the_slots_at_most() -> None:
+    world = World(slots=2)
+    assert pinned(world, "a") is None
+    assert pinned(world, "b") is not None
 
 
 def test_pinning_twice_is_done_and_counts_once() -> None:
