@@ -2,7 +2,15 @@
 
 import pytest
 
-from pipeline.messages import AdminVerb, Failure, FailureKind, FinishReason, LoadAdapter, Tier
+from pipeline.messages import (
+    AdminVerb,
+    AliasesTaken,
+    Failure,
+    FailureKind,
+    FinishReason,
+    LoadAdapter,
+    Tier,
+)
 from tests.scheduler.fake_loader import NOT_FOUND
 from tests.scheduler.world import World, key
 
@@ -44,6 +52,9 @@ def test_a_load_is_done_when_the_adapter_is_resident_and_all_frontends_know_its_
     world.arrive()
     assert [one.names for one in world.names] == [{"sql": key("a")}] * 2
     assert command not in world.done
+    world.core.aliases_taken(AliasesTaken(1, 1))
+    world.settle()
+    assert command not in world.done, "the other frontend does not know yet"
     world.take_names()
     assert world.done == {command: None}
     assert world.list_adapters()["a"].tier == Tier.DEVICE
@@ -202,6 +213,22 @@ def test_an_unload_waits_for_a_copy_that_is_on_its_way() -> None:
     world.arrive()
     world.forget()
     assert world.done[command] is None
+
+
+def test_nobody_starts_with_an_adapter_that_is_unloaded_while_it_arrives() -> None:
+    world = World(pool_bytes=512)
+    loaded(world)
+    loaded(world, name="other", adapter="b")
+    world.prefetch("a")
+    world.stage()
+    world.command(UNLOAD, name="sql")
+    world.take_names()
+    late = world.submit(adapter="a")
+    assert not world.worker.steps
+    world.arrive()
+    world.forget()
+    world.run()
+    assert world.finished[late].reason is FinishReason.LENGTH
 
 
 def test_an_unload_waits_for_a_load_that_is_on_its_way() -> None:
