@@ -59,10 +59,10 @@ class OurReplies(VllmReplies):
 
 
 class SglangReplies:
-    """Always the same fields. names is what the reply calls the loaded adapters."""
+    """Always the same fields; names are those of the loaded adapters."""
 
     def __init__(self, names: Mapping[str, AdapterKey]) -> None:
-        self._loaded = {name: written(key) for name, key in names.items() if not key.scope}
+        self._loaded = {name: written(key) for name, key in names.items()}
 
     def done(self, sentence: str) -> HttpReply:
         return HttpReply(200, self._body(success=True, error_message=""))
