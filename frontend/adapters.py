@@ -9,7 +9,7 @@ import msgspec
 
 from frontend.adapter_ids import http_id, hub_id, pbase_id, s3_id, source_of_url
 from frontend.parameters import ParameterError
-from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local
+from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local, local_id
 from pipeline.config import SOURCES
 from pipeline.messages import AdapterKey
 
@@ -97,6 +97,8 @@ class AdapterNames:
             raise UnknownSource(source, name)
         if source not in self._sources:
             raise SourceOff(source)
+        if source == "local":
+            name = local_id(self._roots, name)
         try:
             return _wanted(source, name, token)
         except ValueError as error:

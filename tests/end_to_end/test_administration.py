@@ -64,7 +64,7 @@ def test_an_adapter_is_loaded_used_pinned_listed_and_unloaded(server: Server, ro
     path = str(root / "one")  # as controllers write it
     reply = administer(server, "/v1/load_lora_adapter", lora_name="sql", lora_path=path)
     assert reply.text == "Success: LoRA adapter 'sql' added successfully."
-    assert listed(server)[path]["tier"] == "device"
+    assert listed(server)["one"]["tier"] == "device"
     again = administer(server, "/v1/load_lora_adapter", lora_name="sql", lora_path=path)
     assert again.status_code == 400
 
@@ -74,14 +74,14 @@ def test_an_adapter_is_loaded_used_pinned_listed_and_unloaded(server: Server, ro
     assert 'running_lora_adapters="' in httpx.get(server.url + "/metrics").text
 
     assert administer(server, "/v1/adapters/pin", id="sql").status_code == 200
-    entry = listed(server)[path]
+    entry = listed(server)["one"]
     assert (entry["pinned"], entry["names"], entry["rank"]) == (True, ["sql"], 4)
     assert administer(server, "/v1/adapters/unpin", id="sql").status_code == 200
-    assert not listed(server)[path]["pinned"]
+    assert not listed(server)["one"]["pinned"]
 
     reply = administer(server, "/v1/unload_lora_adapter", lora_name="sql")
     assert reply.text == "Success: LoRA adapter 'sql' removed successfully."
-    entry = listed(server)[path]
+    entry = listed(server)["one"]
     assert (entry["tier"], entry["names"], entry["running"]) == ("disk", [], 0)
     assert administer(server, "/v1/unload_lora_adapter", lora_name="sql").status_code == 404
 
@@ -94,7 +94,7 @@ def test_an_unload_under_load_lets_all_that_began_end_well(server: Server, root:
         next(iter(running)).result()
         reply = administer(server, "/unload_lora_adapter", lora_name="busy")
         assert reply.json() == {"success": True, "error_message": "", "loaded_adapters": {}}
-        assert listed(server)[path]["tier"] == "disk"
+        assert listed(server)["two"]["tier"] == "disk"
         statuses = {one.result().status_code for one in running}
     # what came later found no such name here, and none on the hub
     assert 200 in statuses
