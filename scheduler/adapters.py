@@ -34,7 +34,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.messages import (
-    AdapterCopy,
     AdapterKey,
     AdapterMove,
     AdapterStaged,
@@ -46,7 +45,8 @@ from pipeline.messages import (
     ReleaseAdapter,
 )
 from scheduler import failures
-from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
+from scheduler.adapter import Adapter, Want
+from scheduler.adapter_pool import AdapterPool, Move, Place
 from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
@@ -57,56 +57,6 @@ ADMINISTRATORS = "administrators"  # a tenant that no digest is
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
-
-
-class Adapter:
-    """One adapter that is not absent."""
-
-    __slots__ = (
-        "admits",
-        "asked_by",
-        "extent",
-        "kept",
-        "key",
-        "last_used",
-        "pins",
-        "retiring",
-        "running",
-        "staged",
-        "used",
-        "waiting",
-        "wants",
-    )
-
-    def __init__(self, key: AdapterKey) -> None:
-        self.key = key
-        self.waiting: list[Sequence] = []  # in order; those that want to start with it
-        self.asked_by: str | None = None  # the tenant whose load it is, until it has room
-        self.staged: AdapterStaged | None = None  # the latest answer of the loader
-        self.extent: Extent | None = None  # while it is resident, or its copy is on its way
-        self.admits = False  # those that wait may start
-        self.pins = 0
-        self.running = 0  # those of the pins that are of sequences
-        self.used = False  # somebody has started with it since it has its extent
-        self.last_used = 0  # counts up over all adapters
-        self.wants: list[Want] = []
-        self.kept = False  # resident, and not to be evicted
-        self.retiring = False
-
-    @property
-    def is_waited_for(self) -> bool:
-        return bool(self.waiting or self.wants)
-
-
-class Want:
-    """An administrator waits for an adapter, from `want` to `unwant`."""
-
-    __slots__ = ("failure", "key", "token")
-
-    def __init__(self, key: AdapterKey, token: str | None) -> None:
-        self.key = key
-        self.token = token
-        self.failure: Failure | None = None  # why it will not come
 
 
 class _Placing(NamedTuple):
@@ -299,7 +249,7 @@ class Adapters:
     def dropped(self, key: AdapterKey, now: float) -> None:
         """The arena holds nothing of it any more."""
         adapter = self._adapter_of.get(key)
-        if adapter is not None and adapter.retiring and not _is_used(adapter):
+        if adapter is not None and adapter.retiring and not adapter.is_held:
             adapter.retiring = False
             self._bring(adapter, now)
 
@@ -313,7 +263,7 @@ class Adapters:
             self._release(adapter)
             self._needs_no_room(adapter)
             adapter.staged = None
-        if not _is_used(adapter):
+        if not adapter.is_held:
             self._send(ForgetAdapter(adapter.key))
 
     # --- who runs ---
@@ -329,7 +279,7 @@ class Adapters:
         """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
         adapter = self._adapter_of[key]
         if not adapter.running:
-            self.running_bytes += _nbytes(adapter)
+            self.running_bytes += adapter.nbytes
         adapter.running += 1
         adapter.pins += 1
         adapter.used = True
@@ -339,7 +289,7 @@ class Adapters:
         self._touch(adapter)
         adapter.running -= 1
         if not adapter.running:
-            self.running_bytes -= _nbytes(adapter)
+            self.running_bytes -= adapter.nbytes
         self._let_go(adapter)
 
     # --- what the loader says, or does not ---
@@ -360,7 +310,7 @@ class Adapters:
         self._load_deadline_of.pop(key, None)
         adapter = self._adapter_of[key]
         self._load_is_over(adapter)
-        _fail_wants(adapter, failure)
+        adapter.fail_wants(failure)
         waiting = list(adapter.waiting)
         if adapter.retiring:
             self._retire_further(adapter)
@@ -412,7 +362,7 @@ class Adapters:
     def _can_have_room(self, adapter: Adapter) -> bool:
         """Whether it fits beside those that are kept."""
         pool = self._pool
-        return self.kept < pool.slots and pool.holds(_nbytes(adapter), beside=self.kept_bytes)
+        return self.kept < pool.slots and pool.holds(adapter.nbytes, beside=self.kept_bytes)
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""
@@ -430,7 +380,7 @@ class Adapters:
         for adapter, moved in self._arriving:
             if ahead > MAX_BYTES_AHEAD:
                 return
-            ahead += _nbytes(adapter)
+            ahead += adapter.nbytes
             for one in (adapter, *moved):
                 if not one.admits and not one.retiring:
                     one.admits = True
@@ -456,7 +406,7 @@ class Adapters:
         self._resident[adapter.key] = adapter
         self._needs_no_room(adapter)
         self._touch(adapter)
-        message = PlaceAdapter(_copy(adapter), tuple(self._move(move) for move in place.moves))
+        message = PlaceAdapter(adapter.copy(), tuple(self._move(move) for move in place.moves))
         moved = [self._adapter_of[move.extent.key] for move in place.moves]
         for one in moved:
             if one.pins == 0:
@@ -476,10 +426,10 @@ class Adapters:
             for one in others
             if not one.pins and not one.kept and (overdue or self._makes_room(one, adapter, now))
         ]
-        candidates.sort(key=_worth)
+        candidates.sort(key=Adapter.worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
         pinned = {other.extent for other in others if other.pins and other.extent is not None}
-        nbytes = _nbytes(adapter)
+        nbytes = adapter.nbytes
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
@@ -542,9 +492,9 @@ class Adapters:
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
         failure = failures.adapter_too_large(
-            adapter.key, _nbytes(adapter), self._pool.nbytes, self.kept_bytes
+            adapter.key, adapter.nbytes, self._pool.nbytes, self.kept_bytes
         )
-        _fail_wants(adapter, failure)
+        adapter.fail_wants(failure)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]
 
@@ -610,37 +560,3 @@ class Adapters:
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1
         adapter.last_used = self._uses
-
-
-def _nbytes(adapter: Adapter) -> int:
-    assert adapter.staged is not None
-    return adapter.staged.nbytes
-
-
-def _is_used(adapter: Adapter) -> bool:
-    """Whether it lies in the pool or the arena on our account, or is on its way there."""
-    return not (adapter.extent is None and adapter.staged is None and adapter.asked_by is None)
-
-
-def _fail_wants(adapter: Adapter, failure: Failure) -> None:
-    for want in adapter.wants:
-        want.failure = failure
-    adapter.wants = []
-
-
-def _copy(adapter: Adapter) -> AdapterCopy:
-    extent, staged = adapter.extent, adapter.staged
-    assert extent is not None
-    assert staged is not None
-    return AdapterCopy(
-        slot=extent.slot,
-        pool_offset=extent.offset,
-        arena_offset=staged.arena_offset,
-        nbytes=staged.nbytes,
-        ranks=staged.ranks,
-    )
-
-
-def _worth(adapter: Adapter) -> tuple[bool, int]:
-    """Of a resident adapter: the first to be evicted has the least."""
-    return (bool(adapter.waiting), adapter.last_used)

@@ -44,6 +44,7 @@ PURE = (
     "scheduler/core.py",
     "scheduler/sequence.py",
     "scheduler/kv_blocks.py",
+    "scheduler/adapter.py",
     "scheduler/adapter_pool.py",
     "scheduler/policy.py",
     "scheduler/fair_share.py",
