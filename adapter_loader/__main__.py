@@ -9,12 +9,12 @@ from typing import Any, TypeVar, assert_never
 
 import torch
 from huggingface_hub.utils.tqdm import disable_progress_bars
-from prometheus_client import Counter, Gauge
 
 from adapter_loader.checkpoint import DTYPES, BaseModel
-from adapter_loader.core import Core, Discard, StartFetch, StartPack
+from adapter_loader.core import Answer, Core, Discard, StartFetch, StartPack
 from adapter_loader.enabled_sources import enabled_sources
 from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
+from adapter_loader.metrics import LOADS, ArenaCollector
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
 from adapter_loader.workers import Workers
@@ -23,11 +23,13 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
     ArenaReady,
     Failure,
+    ForgetAdapter,
     LoadAdapter,
     ProcessReady,
     ReleaseAdapter,
@@ -44,17 +46,6 @@ PROCESS = "adapter_loader"
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-LOADS = Counter(
-    "loradex_adapter_loads",
-    "Answered loads; the outcome is `staged` or the kind of the failure",
-    ["source", "outcome"],
-    registry=REGISTRY,
-)
-USED_BYTES = Gauge(
-    "loradex_arena_used_bytes", "Bytes of the arena that are taken", registry=REGISTRY
-)
-STAGED = Gauge("loradex_staged_adapters", "Adapters that lie in the arena", registry=REGISTRY)
 
 
 class Loader:
@@ -81,6 +72,7 @@ class Loader:
             load_seconds=settings.adapter_load_seconds,
             remember_seconds=settings.failed_load_seconds,
         )
+        REGISTRY.register(ArenaCollector(self._core))
         self._checked: dict[AdapterKey, Checked] = {}
         self._fetchers: dict[str, Workers] = {}  # by lane: a slow server holds up its own alone
         self._packers = Workers("pack", settings.loader_threads)
@@ -108,6 +100,8 @@ class Loader:
             case ReleaseAdapter():
                 if not self._core.release(message):
                     log.warning("event=unknown_lease adapter=%a", message.adapter.id)
+            case ForgetAdapter():
+                self._core.forget(message)
             case Shutdown():
                 self._loop.stop()
                 return
@@ -191,26 +185,29 @@ class Loader:
         self._core.expire(self._loop.time())
         self._act()
 
-    def _send(self, answer: AdapterStaged | AdapterFailed) -> None:
+    def _send(self, answer: Answer) -> None:
         self._outbox.send("scheduler", answer)
         key = answer.adapter
-        if isinstance(answer, AdapterFailed):
-            outcome, reason = answer.failure.kind.value, answer.failure.message
-            log.warning("event=adapter_failed adapter=%a reason=%a", key.id, reason)
-        else:
-            outcome = "staged"
-            log.info(
-                "event=adapter_staged adapter=%a source=%s bytes=%d content=%.12s",
-                key.id,
-                key.source,
-                answer.nbytes,
-                answer.content,
-            )
-        LOADS.labels(key.source, outcome).inc()
+        match answer:
+            case AdapterFailed():
+                kind, reason = answer.failure.kind.value, answer.failure.message
+                log.warning("event=adapter_failed adapter=%a reason=%a", key.id, reason)
+                LOADS.labels(key.source, kind).inc()
+            case AdapterStaged():
+                log.info(
+                    "event=adapter_staged adapter=%a source=%s bytes=%d content=%.12s",
+                    key.id,
+                    key.source,
+                    answer.nbytes,
+                    answer.content,
+                )
+                LOADS.labels(key.source, "staged").inc()
+            case AdapterDropped():
+                log.debug("event=adapter_dropped adapter=%a source=%s", key.id, key.source)
+            case _:
+                assert_never(answer)
 
     def _report_stats(self) -> None:
-        USED_BYTES.set(self._core.used_bytes)
-        STAGED.set(self._core.staged)
         for index in range(self._settings.frontends):
             self._outbox.send("frontend", Stats(PROCESS, 0, snapshot()), index)
         self._loop.call_later(self._settings.stats_seconds, self._report_stats)

@@ -7,8 +7,9 @@
 All loads of a key that come while it is fetched wait for that one fetch. Each load is answered
 exactly once. A remote adapter's failure is remembered for a short time, by its whole key: other
 tenants, whose token is another, ask for themselves. A staged adapter stays where it is when its
-leases have come back, until its room is needed; its source is asked again by each load that finds
-nothing under way.
+leases have come back, until its room is needed or it is to be forgotten; its source is asked again
+by each load that finds nothing under way. When the last of an adapter has left the arena, the
+scheduler is told.
 """
 
 from collections.abc import Iterable
@@ -18,10 +19,12 @@ from adapter_loader.arena_space import ArenaSpace
 from adapter_loader.recent_failures import RecentFailures
 from adapter_loader.refusals import failure, invalid, unavailable
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
     Failure,
+    ForgetAdapter,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -55,6 +58,7 @@ class Discard:
 
 
 Action = StartFetch | StartPack | Discard
+Answer = AdapterStaged | AdapterFailed | AdapterDropped
 
 
 @dataclass(slots=True)
@@ -96,10 +100,12 @@ class Core:
         self._failures = RecentFailures(remember_seconds)
         self._fetches: dict[AdapterKey, _Fetch] = {}
         self._waiting: list[AdapterKey] = []  # fetched, no room yet; the oldest first
+        self._forgetting: dict[AdapterKey, None] = {}  # to be answered once nothing is left
         self._staged: dict[int, _Staged] = {}
         self._current: dict[AdapterKey, int] = {}  # the offset of a key's newest content
         self._actions: list[Action] = []
-        self._outbox: list[AdapterStaged | AdapterFailed] = []
+        self._outbox: list[Answer] = []
+        self.evictions = 0  # staged adapters that had to go for others, since the start
 
     @property
     def used_bytes(self) -> int:
@@ -135,6 +141,20 @@ class Core:
         self._place_waiting()
         return True
 
+    def forget(self, message: ForgetAdapter) -> None:
+        """Keep nothing of the adapter. Answered once the arena holds nothing of it.
+
+        What is leased stays until its leases have come back. A fetch goes on for the loads that
+        wait for it; what comes of it without any is dropped. So is what is known of its failure.
+        """
+        key = message.adapter
+        self._failures.forget(key)
+        self._forgetting[key] = None
+        offset = self._current.pop(key, None)
+        if offset is not None and not self._space.is_leased(offset):
+            self._free(offset)
+        self._place_waiting()
+
     def unchanged(self, key: AdapterKey) -> None:
         """The source still has what is staged."""
         fetch = self._fetches.pop(key)
@@ -168,11 +188,11 @@ class Core:
         assert fetch.offset is not None, "packed is reported after StartPack only"
         offset = fetch.offset
         self._staged[offset] = _Staged(key, content, fetch.identity, fetch.nbytes, fetch.ranks)
-        outdated = self._current.get(key)
-        self._current[key] = offset
+        outdated = self._current.pop(key, None)
+        if key not in self._forgetting:
+            self._current[key] = offset
         if outdated is not None and not self._space.is_leased(outdated):
-            self._forget(outdated)
-            self._space.free(outdated)
+            self._free(outdated)
         self._answer(fetch, offset)
         self._give_back(offset)
         self._place_waiting()
@@ -209,7 +229,8 @@ class Core:
         actions, self._actions = self._actions, []
         return actions
 
-    def take_outbox(self) -> list[AdapterStaged | AdapterFailed]:
+    def take_outbox(self) -> list[Answer]:
+        self._answer_forgets()
         outbox, self._outbox = self._outbox, []
         return outbox
 
@@ -244,13 +265,31 @@ class Core:
         """End one lease; outdated content that nobody leases goes at once."""
         last = self._space.release(offset)
         if last and self._current.get(self._staged[offset].key) != offset:
-            self._forget(offset)
-            self._space.free(offset)
+            self._free(offset)
 
-    def _forget(self, offset: int) -> None:
+    def _free(self, offset: int) -> None:
+        """Give the room of a staged adapter back; nobody leases it."""
+        self._space.free(offset)
+        self._gone(offset)
+
+    def _gone(self, offset: int) -> None:
+        """Forget what was staged there."""
         key = self._staged.pop(offset).key
         if self._current.get(key) == offset:
             del self._current[key]
+        if key not in self._forgetting and not self._lies_in_arena(key):
+            self._outbox.append(AdapterDropped(key))
+
+    def _answer_forgets(self) -> None:
+        for key in [key for key in self._forgetting if not self._lies_in_arena(key)]:
+            del self._forgetting[key]
+            self._outbox.append(AdapterDropped(key))
+
+    def _lies_in_arena(self, key: AdapterKey) -> bool:
+        fetch = self._fetches.get(key)
+        if fetch is not None and fetch.offset is not None:
+            return True
+        return any(staged.key == key for staged in self._staged.values())
 
     def _place_waiting(self) -> None:
         """Give room to what waits for it. A small one may pass a large one, whose time is bound."""
@@ -260,7 +299,8 @@ class Core:
             if allocation is None:
                 continue
             self._waiting.remove(key)
+            self.evictions += len(allocation.evicted)
             for offset in allocation.evicted:
-                self._forget(offset)
+                self._gone(offset)
             fetch.offset = allocation.offset
             self._actions.append(StartPack(key, allocation.offset, fetch.nbytes))

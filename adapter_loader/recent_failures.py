@@ -24,6 +24,9 @@ class RecentFailures:
                 return
             del self._failures[oldest]
 
+    def forget(self, key: AdapterKey) -> None:
+        self._failures.pop(key, None)
+
     def find(self, key: AdapterKey, now: float) -> Failure | None:
         until, reason = self._failures.get(key, (now, None))
         return reason if now < until else None

@@ -17,14 +17,23 @@ import uvicorn
 import uvloop
 from starlette.applications import Starlette
 
-from frontend.app import make_app
+from frontend.app import make_administration, make_app
+from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.processes import Processes
 from pipeline.adapter_roots import find_local
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
-from pipeline.messages import Pieces, ProcessReady, Stats, ToFrontend
+from pipeline.messages import (
+    AdapterList,
+    AdminDone,
+    Aliases,
+    Pieces,
+    ProcessReady,
+    Stats,
+    ToFrontend,
+)
 from pipeline.metrics import snapshot
 from pipeline.process import run
 
@@ -81,7 +90,13 @@ async def serve(
     loop = asyncio.get_running_loop()
     processes = Processes(settings)
     downstream = Downstream(settings, index, outbox.send)
-    app = make_app(settings, index, downstream=downstream, processes=processes)
+    commands = Commands(index, outbox.send)
+    administration = make_administration(
+        settings, downstream=downstream, processes=processes, commands=commands
+    )
+    app = make_app(
+        settings, index, downstream=downstream, processes=processes, administration=administration
+    )
 
     def receive(message: ToFrontend) -> None:
         match message:
@@ -92,18 +107,25 @@ async def serve(
             case ProcessReady():
                 if processes.ready(message) and index == 0:
                     print(ready_line(settings, listener), flush=True)
+            case Aliases():
+                downstream.aliases.replace(message)
+            case AdminDone() | AdapterList():
+                commands.answer(message)
             case _:
                 assert_never(message)
 
     asked_to_stop = _on_sigterm(loop)
     inbox.watch(loop, receive)
-    reports = asyncio.create_task(_report_to_others(settings, index, outbox))
+    beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
+    if index == 0:
+        beside.append(asyncio.create_task(administration.preload()))
     server = Server(server_config(app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     log.info("event=draining in_flight=%d", downstream.admission.in_flight)
     await downstream.drain(settings.drain_seconds)
-    reports.cancel()
+    for task in beside:
+        task.cancel()
     downstream.shut_down()
     server.should_exit = True
     await serving

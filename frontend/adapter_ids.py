@@ -18,7 +18,7 @@ def source_of_url(name: str) -> str | None:
     return SOURCE_OF_SCHEME.get(match[1]) if match else None
 
 
-def local_id(name: str) -> str:
+def local_path(name: str) -> str:
     """A folder's path below a root, without what leads nowhere. Raises ValueError."""
     id = name.rstrip("/")
     first, *others = id.split("/")

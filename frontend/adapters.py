@@ -2,20 +2,23 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
 
-from frontend.adapter_ids import http_id, hub_id, local_id, pbase_id, s3_id, source_of_url
+from frontend.adapter_ids import http_id, hub_id, local_path, pbase_id, s3_id, source_of_url
 from frontend.parameters import ParameterError
-from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local
+from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local, local_id
 from pipeline.config import SOURCES
 from pipeline.messages import AdapterKey
 
 MAX_TOKEN_CHARACTERS = 4096
 MAX_USED = 4096  # adapters that UsedAdapters remembers
 SCOPE_BYTES = 16
+TOKENLESS = frozenset({"local", "s3"})  # sources that everybody may read
+
+FindAlias = Callable[[str], AdapterKey | None]
 
 # What people write where the openai client wants an api_key and they have none; in lower case.
 PLACEHOLDERS = frozenset({"empty", "none", "null", "dummy", "unused", "not-needed", "no-key"})
@@ -53,6 +56,7 @@ class AdapterNames:
                     http://, pb://), else local if a root holds it, else hub
     sources         those that are on
     roots           folders that hold the adapters of source local
+    find_alias      what administrators have named so; it comes first where no source is named
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class AdapterNames:
         default_source: str,
         sources: Collection[str],
         roots: Sequence[Path],
+        find_alias: FindAlias = lambda _name: None,
     ) -> None:
         self._base_model = base_model
         self._sources = sources
         self._default_source = default_source
         self._roots = roots
+        self._find_alias = find_alias
 
     def find(
         self, name: str | None, *, source: str | None, token: str | None, parameter: str
@@ -83,11 +89,16 @@ class AdapterNames:
                 parameter,
                 f"`{parameter}` must be printable and have at most {MAX_ID_CHARACTERS} characters",
             )
+        alias = None if source else self._find_alias(name)
+        if alias is not None:
+            return _shown(alias.public, token)
         source = source or self._source_of(name)
         if source not in SOURCES:
             raise UnknownSource(source, name)
         if source not in self._sources:
             raise SourceOff(source)
+        if source == "local":
+            name = local_id(self._roots, name)
         try:
             return _wanted(source, name, token)
         except ValueError as error:
@@ -103,18 +114,32 @@ class AdapterNames:
 
 
 def _wanted(source: str, name: str, token: str | None) -> Wanted:
-    """Raises ValueError for what cannot be an id. A token goes only where it is of use."""
+    """Raises ValueError for what cannot be an id."""
+    revision = ""
     match source:
         case "local":
-            return Wanted(AdapterKey(source, local_id(name)), None)
-        case "s3":
-            return Wanted(AdapterKey(source, s3_id(name)), None)
+            name = local_path(name)
         case "hub":
             name, revision = hub_id(name)
-        case _:
-            name = pbase_id(name) if source == "pbase" else http_id(name)
-            revision = ""
-    return Wanted(AdapterKey(source, name, revision, scope_of(token)), token)
+        case "s3":
+            name = s3_id(name)
+        case "pbase":
+            name = pbase_id(name)
+        case "http":
+            name = http_id(name)
+    return _shown(AdapterKey(source, name, revision), token)
+
+
+def _shown(key: AdapterKey, token: str | None) -> Wanted:
+    """The adapter as this token's tenant sees it. A token goes only where it is of use."""
+    if key.source in TOKENLESS:
+        return Wanted(key, None)
+    return Wanted(msgspec.structs.replace(key, scope=scope_of(token)), token)
+
+
+def written(key: AdapterKey) -> str:
+    """The id as a client would write it."""
+    return f"{key.id}@{key.revision}" if key.revision else key.id
 
 
 def source_token(given: str | None, authorization: str | None) -> str | None:
@@ -170,8 +195,4 @@ class UsedAdapters:
 
     def names(self, scope: str) -> list[str]:
         """What a client with this scope may know of: what needs no token, and its own."""
-        return sorted(
-            f"{key.id}@{key.revision}" if key.revision else key.id
-            for key in self._used
-            if key.scope in ("", scope)
-        )
+        return sorted(written(key) for key in self._used if key.scope in ("", scope))

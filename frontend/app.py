@@ -9,8 +9,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from frontend import metrics
-from frontend.adapters import AdapterNames, UsedAdapters
+from frontend.adapter_metrics import AdapterMetrics
+from frontend.adapters import AdapterNames, FindAlias, UsedAdapters
+from frontend.administration import Administration
 from frontend.calls import Call, Dialect
+from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.exchange import HttpReply
 from frontend.generate import Generate
@@ -26,13 +29,24 @@ OTHER_ROUTE = "other"  # the metric label of every path that is none of ours
 
 
 def make_app(
-    settings: Settings, index: int, *, downstream: Downstream, processes: Processes
+    settings: Settings,
+    index: int,
+    *,
+    downstream: Downstream,
+    processes: Processes,
+    administration: Administration,
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
-    openai, lorax = _dialects(settings, processes)
+    openai, lorax = _dialects(settings, processes, _names(settings, downstream.aliases.find))
     used = UsedAdapters()
+    adapter_metrics = AdapterMetrics(settings.adapter_labels)
     operations = Operations(
-        settings, index, processes=processes, admission=downstream.admission, used=used
+        settings,
+        index,
+        processes=processes,
+        admission=downstream.admission,
+        used=used,
+        aliases=downstream.aliases,
     )
     metrics.IN_FLIGHT.set_function(lambda: downstream.admission.in_flight)
 
@@ -46,6 +60,7 @@ def make_app(
             downstream=downstream,
             processes=processes,
             used=used,
+            adapter_metrics=adapter_metrics,
             max_body_bytes=settings.max_body_bytes,
         )
         return Route(path, endpoint, methods=["POST"])
@@ -57,6 +72,7 @@ def make_app(
             generate("/", lorax, lorax.compatible),
             generate("/generate", lorax, lorax.generate),
             generate("/generate_stream", lorax, lorax.generate_stream),
+            *administration.routes(),
             Route("/v1/models", operations.models),
             Route("/", operations.health),
             Route("/health", operations.health),
@@ -69,21 +85,40 @@ def make_app(
     return app
 
 
-def _dialects(settings: Settings, processes: Processes) -> tuple[OpenAI, Lorax]:
-    adapters = AdapterNames(
+def make_administration(
+    settings: Settings, *, downstream: Downstream, processes: Processes, commands: Commands
+) -> Administration:
+    return Administration(
+        settings,
+        names=_names(settings, downstream.aliases.find),
+        paths=_names(settings, lambda _name: None),
+        aliases=downstream.aliases,
+        commands=commands,
+        processes=processes,
+    )
+
+
+def _names(settings: Settings, find_alias: FindAlias) -> AdapterNames:
+    return AdapterNames(
         base_model=settings.model_id,
         default_source=settings.default_adapter_source,
         sources=settings.adapter_sources(),
         roots=settings.adapter_roots(),
+        find_alias=find_alias,
     )
+
+
+def _dialects(
+    settings: Settings, processes: Processes, names: AdapterNames
+) -> tuple[OpenAI, Lorax]:
     openai = OpenAI(
         base_model=settings.model_id,
-        adapters=adapters,
+        adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
     )
     lorax = Lorax(
         base_model=settings.model_id,
-        adapters=adapters,
+        adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
         compute_type=lambda: _compute_type(processes),
     )

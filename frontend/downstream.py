@@ -9,11 +9,13 @@ from contextlib import contextmanager, suppress
 import msgspec
 
 from frontend.admission import Admission
+from frontend.aliases import Aliases
 from frontend.exchange import ClientGone
 from frontend.streams import Stream, Streams
 from pipeline.config import Settings
 from pipeline.messages import (
     REQUEST_BITS,
+    AliasesTaken,
     Cancel,
     End,
     Failure,
@@ -112,6 +114,7 @@ class Downstream:
             places=max(1, settings.max_concurrent_requests // settings.frontends),
             workers=settings.tokenizer_workers,
         )
+        self.aliases = Aliases(lambda version: send("scheduler", AliasesTaken(version, index), 0))
         self._workers = settings.tokenizer_workers
         self._index = index
         self._send = send
@@ -141,6 +144,7 @@ class Downstream:
         reply = Reply(self._streams, request_id, self._keep_alive_seconds if streamed else 0.0)
         try:
             if prompt.adapter is not None:
+                self.aliases.began(request_id, prompt.adapter)
                 self._send(
                     "scheduler", Prefetch(prompt.adapter, prompt.adapter_token, prompt.tenant), 0
                 )
@@ -154,6 +158,7 @@ class Downstream:
             self._streams.close(request_id)
             if not reply.stream.ended:
                 self._send("tokenizer_workers", Cancel(request_id), worker)
+            self.aliases.ended(request_id)
             del self._worker_of[request_id]
             self.admission.leave(worker)
             if not self.admission.in_flight:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from starlette.types import Receive, Scope, Send
 
 from frontend import metrics
+from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import UsedAdapters
 from frontend.calls import Call, Dialect, ReplyShape, error_of
 from frontend.downstream import Downstream, Reply
@@ -46,6 +47,7 @@ class Generate:
         downstream: Downstream,
         processes: Processes,
         used: UsedAdapters,
+        adapter_metrics: AdapterMetrics,
         max_body_bytes: int,
     ) -> None:
         self._route = route
@@ -54,6 +56,7 @@ class Generate:
         self._downstream = downstream
         self._processes = processes
         self._used = used
+        self._adapter_metrics = adapter_metrics
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -163,6 +166,9 @@ class Generate:
 
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
+        adapter = call.prompt.adapter
+        if adapter is not None:
+            self._adapter_metrics.count(adapter, end.reason, end.usage)
         error = error_of(end)
         if error is not None:
             metrics.FAILURES.labels(error.kind).inc()
@@ -175,6 +181,6 @@ class Generate:
             return
         metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)
         metrics.GENERATED_TOKENS.inc(end.usage.completion_tokens)
-        if call.prompt.adapter is not None:
-            for part in call.prompt.adapter.parts:
+        if adapter is not None:
+            for part in adapter.parts:
                 self._used.add(part)

@@ -1,10 +1,11 @@
-"""What the frontend counts. Labels are ours, never a client's: routes, statuses, kinds."""
+"""What the frontend counts. Labels are bounded: routes, statuses, kinds, the adapters used most."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
 from pipeline.metrics import REGISTRY
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+ADAPTER_SECONDS = (0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)  # few: once for each adapter
 
 REQUESTS = Counter(
     "loradex_http_requests",
@@ -40,4 +41,23 @@ PROMPT_TOKENS = Counter(
 )
 GENERATED_TOKENS = Counter(
     "loradex_generated_tokens", "Tokens of the replies that ended well", registry=REGISTRY
+)
+ADAPTER_REQUESTS = Counter(
+    "loradex_adapter_requests",
+    "Requests that have ended, by adapter; the outcome is `answered` or `failed`",
+    ("adapter", "outcome"),
+    registry=REGISTRY,
+)
+ADAPTER_TOKENS = Counter(
+    "loradex_adapter_tokens",
+    "Tokens of requests that were answered, by adapter; the kind is `prompt` or `generated`",
+    ("adapter", "kind"),
+    registry=REGISTRY,
+)
+ADAPTER_FIRST_TOKEN_SECONDS = Histogram(
+    "loradex_adapter_first_token_seconds",
+    "From a request's arrival to its first token, by adapter",
+    ("adapter",),
+    buckets=ADAPTER_SECONDS,
+    registry=REGISTRY,
 )

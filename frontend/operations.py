@@ -9,8 +9,9 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 
-from frontend.adapters import UsedAdapters, scope_of, source_token
+from frontend.adapters import UsedAdapters, scope_of, source_token, written
 from frontend.admission import Admission
+from frontend.aliases import Aliases
 from frontend.exchange import JSON, RETRY, HttpReply
 from frontend.openai_replies import refusal
 from frontend.parameters import ParameterError
@@ -35,12 +36,14 @@ class Operations:
         processes: Processes,
         admission: Admission,
         used: UsedAdapters,
+        aliases: Aliases,
     ) -> None:
         self._settings = settings
         self._index = index
         self._processes = processes
         self._admission = admission
         self._used = used
+        self._aliases = aliases
         self._started = int(time.time())
         self._version = _version()
 
@@ -85,25 +88,30 @@ class Operations:
         return HttpReply(200, exposition(families), METRICS_TYPE)
 
     async def models(self, request: Request) -> HttpReply:
-        """The base model, and the adapters that are known: local ones, and those in use."""
+        """The base model, and the adapters that are known: named ones, local ones, those in use."""
         try:
             token = source_token(None, request.headers.get("authorization"))
         except ParameterError as error:
             return refusal(error)
         roots = self._settings.adapter_roots()
         local = await asyncio.to_thread(lambda: list(list_local(roots)))
-        names = dict.fromkeys([*local, *self._used.names(scope_of(token))])
+        scope = scope_of(token)
+        roots_of = {name: name for name in (*local, *self._used.names(scope))}
+        for name, key in self._aliases.all().items():
+            if key.scope in ("", scope):
+                roots_of[name] = written(key)
         base = self._settings.model_id
-        models = [self._model(base, None), *(self._model(name, base) for name in names)]
+        adapters = [self._model(name, root, base) for name, root in roots_of.items()]
+        models = [self._model(base, base, None), *adapters]
         return HttpReply(200, encode({"object": "list", "data": models}))
 
-    def _model(self, name: str, parent: str | None) -> dict[str, Any]:
+    def _model(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {
             "id": name,
             "object": "model",
             "created": self._started,
             "owned_by": "loradex",
-            "root": name,
+            "root": root,
             "parent": parent,
         }
 

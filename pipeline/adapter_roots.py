@@ -30,6 +30,17 @@ def find_local(roots: Sequence[Path], adapter_id: str) -> Path | None:
     return None
 
 
+def local_id(roots: Sequence[Path], adapter_id: str) -> str:
+    """The one way an id is written: an absolute path below a root as the id that finds the same."""
+    folder = Path(adapter_id)
+    for root in roots:
+        if folder != root and folder.is_relative_to(root):
+            short = str(folder.relative_to(root))
+            if find_local(roots, short) == find_local(roots, adapter_id):
+                return short
+    return adapter_id
+
+
 def list_local(roots: Sequence[Path]) -> Iterator[str]:
     """The ids of the adapters that lie directly below a root, sorted, each once."""
     ids: set[str] = set()

@@ -20,6 +20,7 @@ from pipeline.errors import ConfigError
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
+SECRETS = ("admin_api_key",)  # settings that are shown to nobody
 NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -226,12 +227,37 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0
+    allow_adapter_admin: Annotated[
+        bool, Meta(description="let adapters be loaded, unloaded and pinned over HTTP")
+    ] = False
+    admin_api_key: Annotated[
+        str, Meta(description="key that administrators show as Bearer token; empty: none is needed")
+    ] = ""
+    preload_adapter: Annotated[
+        tuple[str, ...],
+        Meta(description="adapter that is loaded and pinned at the start; may be repeated"),
+    ] = ()
+    pinned_pool_fraction: Annotated[
+        float, Meta(ge=0, le=1, description="share of the adapter pool that may be pinned")
+    ] = 0.5
+    adapter_labels: Annotated[
+        int, Meta(ge=0, le=10_000, description="adapters that /metrics names; the rest are `other`")
+    ] = 100
     run_dir: Annotated[
         str, Meta(description="folder for sockets; a private one per user and port when empty")
     ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least level logged")
     ] = "info"
+
+    def __repr__(self) -> str:
+        """What is not the default; of a secret, only that it is there."""
+        given = {
+            name: "***" if name in SECRETS else getattr(self, name)
+            for name, field in FIELDS.items()
+            if getattr(self, name) != field.default
+        }
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def run_folder(self) -> Path:
         """Where the sockets lie. Short, since a socket's path has at most 107 bytes."""

@@ -112,6 +112,11 @@ class AdapterKey(Value, frozen=True, order=True):
     merge: "Merge | None" = None  # with source MERGED only
 
     @property
+    def public(self) -> "AdapterKey":
+        """The adapter without its tenant: all tenants' views of it have this in common."""
+        return msgspec.structs.replace(self, scope="")
+
+    @property
     def parts(self) -> tuple["AdapterKey", ...]:
         """What is fetched for it: the adapters that are merged, or itself."""
         return (self,) if self.merge is None else tuple(part.adapter for part in self.merge.parts)
@@ -238,6 +243,96 @@ class Submit(Message, frozen=True):
     ignore_eos: bool = False
     logprobs: bool = False
     tenant: str = ""  # as of the prompt
+
+
+# --- frontend <-> scheduler: administration -------------------------------------------------------
+
+
+class AdminVerb(StrEnum):
+    """What an administrator wants of an adapter."""
+
+    LOAD = "load"  # bring it into the pool, then give it this name
+    UNLOAD = "unload"  # take the name away, then the adapter out of pool and arena
+    PIN = "pin"  # bring it into the pool, and let it not be evicted
+    UNPIN = "unpin"
+
+
+class AdminCommand(Message, frozen=True):
+    """frontend -> scheduler: do this. Answered by one AdminDone when it is done, or cannot be."""
+
+    command_id: int
+    frontend: int
+    verb: AdminVerb
+    name: str = ""  # of load and unload
+    adapter: AdapterKey | None = None  # of all but unload
+    adapter_token: str | None = None
+    pinned: bool = False  # of load: pin it too
+    in_place: bool = False  # of load: the name may be taken; the adapter is read anew
+
+
+class AdminDone(Message, frozen=True):
+    """scheduler -> frontend: the command is done, or why not."""
+
+    command_id: int
+    failure: Failure | None = None
+
+
+class Aliases(Message, frozen=True):
+    """scheduler -> frontend: all names that administrators have given, and what they mean.
+
+    Answered by one AliasesTaken.
+    """
+
+    version: int
+    names: dict[str, AdapterKey]
+
+
+class AliasesTaken(Message, frozen=True):
+    """frontend -> scheduler: the names hold here.
+
+    And no request is left that began while a name meant something else than it does now and that
+    uses that.
+    """
+
+    version: int
+    frontend: int
+
+
+class ListAdapters(Message, frozen=True):
+    """frontend -> scheduler: which adapters are there? Answered by one AdapterList."""
+
+    command_id: int
+    frontend: int
+
+
+class Tier(StrEnum):
+    """The best place that an adapter lies in."""
+
+    DEVICE = "device"  # the GPU worker's pool
+    HOST = "host"  # the arena
+    DISK = "disk"  # the disk cache, or its source alone
+
+
+class AdapterDescription(Value, frozen=True):
+    """An adapter that was loaded at least once."""
+
+    adapter: AdapterKey
+    tier: Tier
+    nbytes: int  # packed
+    rank: int  # the largest of its modules
+    pinned: bool  # by an administrator
+    pins: int  # what keeps it in the pool: sequences that run, copies and moves
+    running: int  # requests
+    waiting: int  # requests
+    loads: int  # from its source or the disk cache, or checked there and found unchanged
+    idle_seconds: float  # since a request for it came, or it was loaded
+
+
+class AdapterList(Message, frozen=True):
+    """scheduler -> frontend: all adapters that are known, by key."""
+
+    command_id: int
+    adapters: tuple[AdapterDescription, ...]
 
 
 # --- scheduler -> gpu_worker ---------------------------------------------------------------------
@@ -403,6 +498,21 @@ class AdapterFailed(Message, frozen=True):
     failure: Failure
 
 
+class ForgetAdapter(Message, frozen=True):
+    """scheduler -> adapter_loader: keep nothing of this adapter. Answered by one AdapterDropped."""
+
+    adapter: AdapterKey
+
+
+class AdapterDropped(Message, frozen=True):
+    """adapter_loader -> scheduler: the arena holds nothing of this adapter any more.
+
+    Also sent when its room was needed for others.
+    """
+
+    adapter: AdapterKey
+
+
 # --- scheduler -> tokenizer_workers --------------------------------------------------------------
 
 
@@ -474,7 +584,7 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
-ToFrontend = Pieces | ProcessReady | Stats
+ToFrontend = Pieces | ProcessReady | Stats | Aliases | AdminDone | AdapterList
 ToTokenizerWorker = Prompt | Cancel | Tokens | Shutdown
 ToScheduler = (
     Prefetch
@@ -486,7 +596,11 @@ ToScheduler = (
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
+    | AdapterDropped
+    | AdminCommand
+    | AliasesTaken
+    | ListAdapters
     | Shutdown
 )
 ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | Shutdown
+ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown

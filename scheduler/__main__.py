@@ -8,11 +8,15 @@ from typing import assert_never
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterPlaced,
     AdapterStaged,
+    AdminCommand,
+    AliasesTaken,
     ArenaReady,
     Cancel,
+    ListAdapters,
     Prefetch,
     ProcessReady,
     Shutdown,
@@ -27,7 +31,7 @@ from pipeline.model_config import read_model_config
 from pipeline.model_folder import model_folder
 from pipeline.process import run
 from scheduler.core import Scheduler
-from scheduler.metrics import FiguresCollector
+from scheduler.metrics import AdaptersCollector, FiguresCollector
 
 NAME = "scheduler"
 log = logging.getLogger(__name__)
@@ -40,6 +44,11 @@ def main(settings: Settings, index: int) -> None:
     eos_token_ids = read_model_config(model_folder(settings)).eos_token_ids
     core = Scheduler(settings=settings, eos_token_ids=eos_token_ids)
     REGISTRY.register(FiguresCollector(core.figures))
+    REGISTRY.register(
+        AdaptersCollector(
+            tier_hits=core.tier_hits, names=core.adapter_names, slots=settings.adapter_slots
+        )
+    )
     Loop(settings=settings, core=core, inbox=inbox, outbox=outbox).run()
     outbox.close()
     inbox.close()
@@ -92,9 +101,17 @@ class Loop:
             case Prefetch():
                 self._core.prefetch(message, now)
             case AdapterStaged():
-                self._core.adapter_staged(message)
+                self._core.adapter_staged(message, now)
             case AdapterFailed():
                 self._core.adapter_failed(message, now)
+            case AdapterDropped():
+                self._core.adapter_dropped(message, now)
+            case AdminCommand():
+                self._core.admin_command(message, now)
+            case AliasesTaken():
+                self._core.aliases_taken(message)
+            case ListAdapters():
+                self._core.list_adapters(message, now)
             case WorkerReady():
                 self._core.worker_ready(message, now)
                 self._announce()

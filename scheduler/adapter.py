@@ -2,9 +2,20 @@
 
 import msgspec
 
-from pipeline.messages import AdapterCopy, AdapterKey, AdapterStaged
+from pipeline.messages import AdapterCopy, AdapterKey, AdapterStaged, Failure
 from scheduler.adapter_pool import Extent
 from scheduler.sequence import Sequence
+
+
+class Want:
+    """An administrator waits for an adapter, from `want` to `unwant`."""
+
+    __slots__ = ("failure", "key", "token")
+
+    def __init__(self, key: AdapterKey, token: str | None) -> None:
+        self.key = key
+        self.token = token
+        self.failure: Failure | None = None  # why it will not come
 
 
 class Adapter:
@@ -17,18 +28,23 @@ class Adapter:
         "confirmed_at",
         "extent",
         "in_doubt",
+        "kept",
         "key",
         "last_used",
         "loading",
+        "named",
         "pins",
+        "retiring",
         "running",
         "staged",
         "used",
         "waiting",
+        "wants",
     )
 
     def __init__(self, key: AdapterKey) -> None:
-        self.key = key
+        self.named = key  # what requests ask for
+        self.key = key  # the same, until it is outdated
         self.waiting: list[Sequence] = []  # in order; those that want to start with it
         self.asked_by: str | None = None  # the tenant whose load it is, until it has room
         self.loading = False  # the loader owes an answer
@@ -42,35 +58,58 @@ class Adapter:
         self.running = 0  # those of the pins that are of sequences
         self.used = False  # somebody has started with it since it has its extent
         self.last_used = 0  # counts up over all adapters
+        self.wants: list[Want] = []
+        self.kept = False  # not to be evicted
+        self.retiring = False  # on its way out of pool and arena
 
+    @property
+    def is_waited_for(self) -> bool:
+        return bool(self.waiting or self.wants or self.kept)
 
-def packed_bytes(adapter: Adapter) -> int:
-    assert adapter.staged is not None
-    return adapter.staged.nbytes
+    @property
+    def is_outdated(self) -> bool:
+        """Another content has taken its place for all who have not started with it."""
+        return self.key != self.named
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it lies in the pool or the arena on our account, or is on its way there."""
+        is_absent = self.extent is None and self.staged is None
+        return not is_absent or self.asked_by is not None or self.loading
 
-def copy_of(adapter: Adapter) -> AdapterCopy:
-    extent, staged = adapter.extent, adapter.staged
-    assert extent is not None
-    assert staged is not None
-    return AdapterCopy(
-        slot=extent.slot,
-        pool_offset=extent.offset,
-        arena_offset=staged.arena_offset,
-        nbytes=staged.nbytes,
-        ranks=staged.ranks,
-    )
+    @property
+    def nbytes(self) -> int:
+        """Its packed size; it must be staged."""
+        assert self.staged is not None
+        return self.staged.nbytes
 
+    def copy(self) -> AdapterCopy:
+        """From the arena to the place it has got."""
+        extent, staged = self.extent, self.staged
+        assert extent is not None
+        assert staged is not None
+        return AdapterCopy(
+            slot=extent.slot,
+            pool_offset=extent.offset,
+            arena_offset=staged.arena_offset,
+            nbytes=staged.nbytes,
+            ranks=staged.ranks,
+        )
 
-def not_started(adapter: Adapter) -> list[Sequence]:
-    return [sequence for sequence in adapter.waiting if sequence.started is None]
+    def worth(self) -> tuple[bool, int]:
+        """Of a resident one: the first to be evicted has the least."""
+        return (bool(self.waiting), self.last_used)
 
+    def not_started(self) -> list[Sequence]:
+        """Those that wait for their first start."""
+        return [sequence for sequence in self.waiting if sequence.started is None]
 
-def outdated_key(key: AdapterKey, number: int) -> AdapterKey:
-    """No request can ask for it: what clients write is printable."""
-    return msgspec.structs.replace(key, revision=f"{key.revision}\0{number}")
+    def outdate(self, number: int) -> None:
+        """Give it a key that no request can ask for: what clients write is printable."""
+        revision = f"{self.named.revision}\0{number}"
+        self.key = msgspec.structs.replace(self.named, revision=revision)
 
-
-def worth(adapter: Adapter) -> tuple[bool, int]:
-    """Of a resident adapter: the first to be evicted has the least."""
-    return (bool(adapter.waiting), adapter.last_used)
+    def fail_wants(self, failure: Failure) -> None:
+        for want in self.wants:
+            want.failure = failure
+        self.wants = []

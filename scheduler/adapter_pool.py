@@ -51,13 +51,14 @@ class AdapterPool:
 
     def __init__(self, *, nbytes: int, slots: int) -> None:
         self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
+        self.slots = slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._extents: list[Extent] = []  # by offset
         self.used_bytes = 0
 
-    def holds(self, nbytes: int) -> bool:
-        """Whether an adapter of this size fits at all."""
-        return _aligned(nbytes) <= self.nbytes
+    def holds(self, nbytes: int, *, beside: int = 0) -> bool:
+        """Whether an adapter of this size fits at all, beside so many bytes that are taken."""
+        return _aligned(nbytes) + beside <= self.nbytes
 
     def place(
         self,

@@ -24,6 +24,12 @@ steady use is waited for by nobody. Later ones wait for the answer. Another cont
 Adapter; the outdated one goes on under a key of its own for the sequences that have started with
 it, and goes with the last of them.
 
+Administrators can want an adapter, which then counts as waited for though nobody's turn is; keep
+one, which is then not evicted, but may be moved; and retire one:
+
+    nobody starts with it -> nobody runs with it, nor is its copy or load on the way -> evicted
+    -> forgotten by the loader -> absent, or loaded anew for those that wait
+
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
 the step would hold up all its rows for.
@@ -32,7 +38,7 @@ the step would hold up all its rows for.
 import heapq
 from bisect import insort
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from pipeline.messages import (
@@ -41,20 +47,14 @@ from pipeline.messages import (
     AdapterStaged,
     Failure,
     FailureKind,
+    ForgetAdapter,
     LoadAdapter,
     PlaceAdapter,
     Prefetch,
     ReleaseAdapter,
 )
 from scheduler import failures
-from scheduler.adapter import (
-    Adapter,
-    copy_of,
-    not_started,
-    outdated_key,
-    packed_bytes,
-    worth,
-)
+from scheduler.adapter import Adapter, Want
 from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
 from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
@@ -62,6 +62,7 @@ from scheduler.sequence import Sequence
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 MAX_TRIES = 8  # adapters that room is looked for in, at a time
+ADMINISTRATORS = "administrators"  # a tenant that no digest is
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
 
 Failed = list[tuple[Sequence, Failure]]
@@ -85,7 +86,7 @@ class Adapters:
         self,
         *,
         policy: Policy,
-        send: Callable[[LoadAdapter | ReleaseAdapter], None],
+        send: Callable[[LoadAdapter | ReleaseAdapter | ForgetAdapter], None],
         load_seconds: float,
         revalidate_seconds: float,
     ) -> None:
@@ -97,7 +98,7 @@ class Adapters:
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._resident: dict[AdapterKey, Adapter] = {}  # those of them that have an extent
         self._outdated: list[Adapter] = []  # that sequences have started with
-        self._retired = 0  # how many there ever were
+        self._outdated_before = 0  # how many there ever were
         self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
         self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
         self._may_ask: set[str] = set()  # tenants that have fewer loads than before
@@ -107,6 +108,11 @@ class Adapters:
         self._room_may_be_found = False
         self._uses = 0
         self.running_bytes = 0  # of those that sequences run with
+        self.evictions = 0  # for others, since the start
+
+    def __iter__(self) -> Iterator[AdapterKey]:
+        """All that are not absent."""
+        return (key for key, adapter in self._adapter_of.items() if not adapter.is_outdated)
 
     @property
     def resident(self) -> int:
@@ -115,6 +121,32 @@ class Adapters:
     @property
     def pool_used_bytes(self) -> int:
         return self._pool.used_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        kept = [one.extent for one in self._resident.values() if one.kept]
+        return sum(extent.end - extent.offset for extent in kept if extent is not None)
+
+    @property
+    def kept(self) -> int:
+        return sum(adapter.kept for adapter in self._resident.values())
+
+    def is_kept(self, key: AdapterKey) -> bool:
+        return key in self._resident and self._resident[key].kept
+
+    def pins(self, key: AdapterKey) -> int:
+        """What keeps it where it is."""
+        return self._resident[key].pins if key in self._resident else 0
+
+    def by_use(self) -> tuple[list[AdapterKey], list[AdapterKey]]:
+        """Those that are resident, and those that are not and are waited for; the latest first."""
+        known = [one for one in self._adapter_of.values() if not one.is_outdated]
+        known.sort(key=lambda one: one.last_used, reverse=True)
+        resident = [one.key for one in known if one.extent is not None]
+        return resident, [one.key for one in known if one.extent is None and one.is_waited_for]
+
+    def is_resident(self, key: AdapterKey) -> bool:
+        return key in self._resident
 
     def worker_ready(self, *, pool_bytes: int, slots: int) -> None:
         self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
@@ -132,7 +164,7 @@ class Adapters:
         adapter = self._adapter_of.get(key)
         if adapter is None:
             adapter = self._adapter_of[key] = Adapter(key)
-        if sequence.started is None:
+        if sequence.started is None and not adapter.retiring:
             self._revalidate(adapter, sequence.adapter_token, now)
             self._doubt_if_old(adapter, now)
         insort(adapter.waiting, sequence, key=by_order)
@@ -151,9 +183,11 @@ class Adapters:
         if adapter.extent is not None:
             self._room_may_be_found |= adapter.pins == 0
             self._drop_if_done(adapter)
+        elif adapter.retiring:
+            return
         elif adapter.staged is None and adapter.asked_by is None:
             self._want_less(adapter, sequence.tenant)
-        elif adapter.staged is not None and not adapter.waiting:
+        elif adapter.staged is not None and not adapter.is_waited_for:
             self._give_up(adapter)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
@@ -161,10 +195,102 @@ class Adapters:
         adapter = self._adapter_of.get(message.adapter)
         if adapter is not None:
             self._touch(adapter)
-            self._revalidate(adapter, message.adapter_token, now)
+            if not adapter.retiring:
+                self._revalidate(adapter, message.adapter_token, now)
         elif self._loads[message.tenant] < MAX_LOADS:
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
             self._load(adapter, message.tenant, message.adapter_token, now)
+
+    # --- what administrators want ---
+
+    def want(self, key: AdapterKey, token: str | None, now: float) -> Want:
+        """Bring it into the pool, and do not give it up until `unwant`."""
+        want = Want(key, token)
+        adapter = self._adapter_of.get(key)
+        if adapter is None:
+            adapter = self._adapter_of[key] = Adapter(key)
+        adapter.wants.append(want)
+        if adapter.extent is None:
+            self._bring(adapter, now)
+        return want
+
+    def unwant(self, want: Want) -> None:
+        adapter = self._adapter_of.get(want.key)
+        if adapter is None or want not in adapter.wants:
+            return  # it has failed
+        adapter.wants.remove(want)
+        waits_for_room = adapter.staged is not None and adapter.extent is None
+        if waits_for_room and not adapter.is_waited_for:
+            self._give_up(adapter)
+
+    def has_arrived(self, key: AdapterKey) -> bool:
+        """Whether it is resident, all of it, and stays so for a while."""
+        adapter = self._resident.get(key)
+        if adapter is None or adapter.retiring:
+            return False
+        return all(placing.adapter is not adapter for placing in self._arriving)
+
+    def keep(self, key: AdapterKey, fraction: float) -> bool:
+        """Do not evict this resident adapter; False if it took too much of the pool's bytes or
+        slots, with what is kept already."""
+        adapter = self._resident[key]
+        if adapter.kept:
+            return True
+        adapter.kept = True
+        pool = self._pool
+        if self.kept_bytes > fraction * pool.nbytes or self.kept > fraction * pool.slots:
+            adapter.kept = False
+            return False
+        self._room_may_be_found = True  # some may never have any now
+        return True
+
+    def unkeep(self, key: AdapterKey) -> bool:
+        """Let it be evicted; False if it was not kept."""
+        adapter = self._adapter_of.get(key)
+        if adapter is None or not adapter.kept:
+            return False
+        adapter.kept = False
+        self._room_may_be_found = True
+        return True
+
+    def retire(self, key: AdapterKey) -> None:
+        """Take it out of pool and arena, as soon as nobody uses it."""
+        adapter = self._adapter_of.get(key)
+        if adapter is None:
+            adapter = self._adapter_of[key] = Adapter(key)
+        if not adapter.retiring:
+            adapter.retiring = True
+            adapter.kept = False
+            self._shut(adapter)
+            self._retire_further(adapter)
+
+    def is_retiring(self, key: AdapterKey) -> bool:
+        adapter = self._adapter_of.get(key)
+        return adapter is not None and adapter.retiring
+
+    def dropped(self, key: AdapterKey, now: float) -> None:
+        """The arena holds nothing of it any more."""
+        adapter = self._adapter_of.get(key)
+        if adapter is not None and adapter.retiring and not self._is_held(adapter):
+            adapter.retiring = False
+            self._bring(adapter, now)
+
+    def _retire_further(self, adapter: Adapter) -> None:
+        """Evict it, or give its lease back, then have it forgotten; nothing while it is used."""
+        if adapter.extent is not None and adapter.pins == 0:
+            self._pool.evict(adapter.extent)
+            self._left_the_pool(adapter)
+            self._room_may_be_found = True
+        elif adapter.extent is None and adapter.staged is not None:
+            self._release(adapter)
+            self._needs_no_room(adapter)
+            adapter.staged = None
+        if not self._is_held(adapter):
+            self._send(ForgetAdapter(adapter.key))
+
+    def _is_held(self, adapter: Adapter) -> bool:
+        """Whether it, or an older content of it, is still there or on its way."""
+        return adapter.is_held or any(one.named == adapter.key for one in self._outdated)
 
     # --- who runs ---
 
@@ -179,7 +305,7 @@ class Adapters:
         """Keep a resident adapter where it is until `unpin`: somebody runs with it."""
         adapter = self._resident[extent.key]
         if not adapter.running:
-            self.running_bytes += packed_bytes(adapter)
+            self.running_bytes += adapter.nbytes
         adapter.running += 1
         adapter.pins += 1
         adapter.used = True
@@ -189,39 +315,56 @@ class Adapters:
         self._touch(adapter)
         adapter.running -= 1
         if not adapter.running:
-            self.running_bytes -= packed_bytes(adapter)
+            self.running_bytes -= adapter.nbytes
         self._let_go(adapter)
 
     # --- what the loader says, or does not ---
 
-    def staged(self, message: AdapterStaged) -> None:
-        """The adapter lies in the arena; from now on its lease is ours."""
+    def staged(self, message: AdapterStaged) -> bool:
+        """The adapter lies in the arena; from now on its lease is ours. Returns whether that is
+        news, and not the answer to a question about what was there."""
         adapter = self._adapter_of[message.adapter]
         self._answered(adapter)
         adapter.confirmed_at = adapter.asked_at
+        if adapter.retiring:
+            self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+            self._load_is_over(adapter)
+            self._retire_further(adapter)
+            return True
         if adapter.staged is not None:
             if adapter.staged.content == message.content:
                 self._send(ReleaseAdapter(message.adapter, message.arena_offset))
                 self._clear(adapter)
-                return
+                return False
             adapter = self._replace(adapter)
         adapter.staged = message
         self._without_room.append(adapter)
         self._policy.block(adapter.key)
         self._room_may_be_found = True
+        return True
 
     def failed(self, key: AdapterKey, failure: Failure, now: float) -> list[Sequence]:
         """The adapter cannot be had, or not any more. Returns those that fail with it."""
         adapter = self._adapter_of[key]
         self._answered(adapter)
         if adapter.staged is None:
-            del self._adapter_of[key]
             self._load_is_over(adapter)
-            return adapter.waiting
+            adapter.fail_wants(failure)
+            waiting = list(adapter.waiting)
+            if adapter.retiring:
+                self._retire_further(adapter)
+            else:
+                del self._adapter_of[key]
+            return waiting
+        if adapter.retiring:
+            self._retire_further(adapter)
+            return []
         if failure.kind == FailureKind.ADAPTER_UNAVAILABLE:
             return self._unconfirmed(adapter, now)
-        refused = not_started(adapter)
-        self._retire(adapter)
+        refused = adapter.not_started()
+        adapter.kept = False
+        adapter.fail_wants(failure)
+        self._outdate(adapter)
         return refused
 
     def overdue(self, now: float) -> list[Sequence]:
@@ -253,17 +396,22 @@ class Adapters:
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
-                if not self._pool.holds(packed_bytes(adapter)):
+                if not self._can_have_room(adapter):
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now, failed)) is not None:
                     placements.append(message)
-                elif not adapter.waiting:
+                elif not adapter.is_waited_for:
                     self._give_up(adapter)
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
         self._admit()
         self._ask(now)
         return placements, failed
+
+    def _can_have_room(self, adapter: Adapter) -> bool:
+        """Whether it fits beside those that are kept."""
+        pool = self._pool
+        return self.kept < pool.slots and pool.holds(adapter.nbytes, beside=self.kept_bytes)
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""
@@ -281,9 +429,9 @@ class Adapters:
         for adapter, moved in self._arriving:
             if ahead > MAX_BYTES_AHEAD:
                 return
-            ahead += packed_bytes(adapter)
+            ahead += adapter.nbytes
             for one in (adapter, *moved):
-                if not one.admits:
+                if not one.admits and not one.retiring:
                     one.admits = True
                     if not one.in_doubt:
                         self._policy.admit(one.key)
@@ -292,6 +440,8 @@ class Adapters:
         adapter.pins -= 1
         self._room_may_be_found |= adapter.pins == 0
         self._drop_if_done(adapter)
+        if adapter.retiring:
+            self._retire_further(adapter)
 
     def _shut(self, adapter: Adapter) -> None:
         """Let nobody start with it."""
@@ -308,7 +458,7 @@ class Adapters:
         self._resident[adapter.key] = adapter
         self._needs_no_room(adapter)
         self._touch(adapter)
-        message = PlaceAdapter(copy_of(adapter), tuple(self._move(move) for move in place.moves))
+        message = PlaceAdapter(adapter.copy(), tuple(self._move(move) for move in place.moves))
         moved = [self._adapter_of[move.extent.key] for move in place.moves]
         for one in moved:
             if one.pins == 0:
@@ -326,12 +476,12 @@ class Adapters:
         candidates = [
             one
             for one in others
-            if not one.pins and (overdue or self._makes_room(one, adapter, now))
+            if not one.pins and not one.kept and (overdue or self._makes_room(one, adapter, now))
         ]
-        candidates.sort(key=worth)
+        candidates.sort(key=Adapter.worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
         pinned = {other.extent for other in others if other.pins and other.extent is not None}
-        nbytes = packed_bytes(adapter)
+        nbytes = adapter.nbytes
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
@@ -372,23 +522,38 @@ class Adapters:
 
     def _evicted(self, adapter: Adapter, now: float) -> Failed:
         """It is loaded again for those that wait. What is outdated cannot be had again."""
+        self.evictions += 1
+        self._left_the_pool(adapter)
+        if adapter.is_outdated:
+            self._forget(adapter)
+            return [(one, failures.adapter_changed(adapter.named)) for one in adapter.waiting]
+        self._bring(adapter, now)
+        return []
+
+    def _left_the_pool(self, adapter: Adapter) -> None:
         adapter.extent = None
         adapter.staged = None
         adapter.in_doubt = False  # it is loaded again before anybody starts with it
         del self._resident[adapter.key]
         self._shut(adapter)
-        if adapter in self._outdated:
+
+    def _bring(self, adapter: Adapter, now: float) -> None:
+        """Ask for it on behalf of all that wait; without any it is absent."""
+        if not adapter.is_waited_for:
             self._forget(adapter)
-            return [(one, failures.adapter_changed(adapter.key)) for one in adapter.waiting]
-        if not adapter.waiting:
-            self._forget(adapter)
+            return
+        if adapter.wants and adapter.asked_by is None and not adapter.retiring:
+            self._load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
             self._want(adapter, tenant, now)
-        return []
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
-        failure = failures.adapter_too_large(adapter.key, packed_bytes(adapter), self._pool.nbytes)
+        failure = failures.adapter_too_large(
+            adapter.named, adapter.nbytes, self._pool.nbytes, self.kept_bytes
+        )
+        adapter.kept = False
+        adapter.fail_wants(failure)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]
 
@@ -402,16 +567,20 @@ class Adapters:
 
     def _forget(self, adapter: Adapter) -> None:
         """It is absent, or loading while the loader owes an answer."""
-        if adapter in self._outdated:
-            self._outdated.remove(adapter)
         if not adapter.loading:
             del self._adapter_of[adapter.key]
+        if not adapter.is_outdated:
+            return
+        self._outdated.remove(adapter)
+        latest = self._adapter_of.get(adapter.named)
+        if latest is not None and latest.retiring:
+            self._retire_further(latest)
 
     # --- who is asked for ---
 
     def _want(self, adapter: Adapter, tenant: str, now: float) -> None:
         """Ask for it as soon as this tenant may have one more load."""
-        if adapter.asked_by is not None:
+        if adapter.asked_by is not None or adapter.retiring:
             return
         if self._loads[tenant] >= MAX_LOADS:
             self._wanted.setdefault(tenant, {})[adapter.key] = adapter
@@ -423,7 +592,7 @@ class Adapters:
         """One of this tenant does not wait any more for what has not been asked for."""
         if all(sequence.tenant != tenant for sequence in adapter.waiting):
             self._not_wanted(adapter, tenant)
-        if not adapter.waiting:
+        if not adapter.is_waited_for:
             self._forget(adapter)
 
     def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
@@ -499,7 +668,7 @@ class Adapters:
             return list(adapter.waiting)
         if not adapter.key.scope:
             adapter.confirmed_at = now
-        refused = not_started(adapter) if adapter.key.scope and adapter.in_doubt else []
+        refused = adapter.not_started() if adapter.key.scope and adapter.in_doubt else []
         self._clear(adapter)
         return refused
 
@@ -507,16 +676,18 @@ class Adapters:
         """Another content has come under the same key. Returns what takes its place."""
         adapter = Adapter(outdated.key)
         adapter.confirmed_at = outdated.confirmed_at
-        adapter.waiting = not_started(outdated)
-        self._retire(outdated)
+        adapter.waiting = outdated.not_started()
+        adapter.kept, outdated.kept = outdated.kept, False
+        adapter.wants, outdated.wants = outdated.wants, []
+        self._outdate(outdated)
         self._adapter_of[adapter.key] = adapter
         return adapter
 
-    def _retire(self, adapter: Adapter) -> None:
+    def _outdate(self, adapter: Adapter) -> None:
         """Nobody starts with it any more, but for those that have started before."""
         key = adapter.key
-        self._retired += 1
-        adapter.key = outdated_key(key, self._retired)
+        self._outdated_before += 1
+        adapter.outdate(self._outdated_before)
         adapter.in_doubt = False
         adapter.waiting = [one for one in adapter.waiting if one.started is not None]
         self._adapter_of[adapter.key] = self._adapter_of.pop(key)
@@ -538,14 +709,13 @@ class Adapters:
 
     def _drop_if_done(self, adapter: Adapter) -> None:
         """An outdated adapter goes with the last that uses it."""
-        if adapter.pins or adapter.waiting or adapter not in self._outdated:
+        if adapter.pins or adapter.waiting or not adapter.is_outdated:
             return
         if adapter.extent is None:
             self._give_up(adapter)
             return
         self._pool.evict(adapter.extent)
-        del self._resident[adapter.key]
-        self._shut(adapter)
+        self._left_the_pool(adapter)
         self._forget(adapter)
         self._room_may_be_found = True
 
@@ -553,14 +723,13 @@ class Adapters:
         """What a sequence that was preempted has started with, if that is outdated and there."""
         for adapter in self._outdated:
             assert adapter.staged is not None
-            started_with = (adapter.staged.adapter, adapter.staged.content)
-            if started_with == (sequence.named, sequence.content):
+            if (adapter.named, adapter.staged.content) == (sequence.named, sequence.content):
                 return adapter
         return None
 
     def _release(self, adapter: Adapter) -> None:
         assert adapter.staged is not None
-        self._send(ReleaseAdapter(adapter.staged.adapter, adapter.staged.arena_offset))
+        self._send(ReleaseAdapter(adapter.named, adapter.staged.arena_offset))
 
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1

@@ -13,30 +13,40 @@ Adapters are brought in beside the steps, as soon as there is room for them.
 import heapq
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterDescription,
+    AdapterDropped,
     AdapterFailed,
+    AdapterKey,
+    AdapterList,
     AdapterPlaced,
     AdapterStaged,
+    AdminCommand,
+    AliasesTaken,
     ArenaReady,
     AttachArena,
     Cancel,
     Failure,
     Finished,
     FinishReason,
+    ListAdapters,
     Message,
     PlaceAdapter,
     Prefetch,
     Step,
     StepDone,
     Submit,
+    Tier,
     WorkerReady,
 )
 from scheduler import failures
 from scheduler.adapters import Adapters
+from scheduler.administration import Administration
 from scheduler.batch import Batch
+from scheduler.catalogue import Catalogue
 from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
 from scheduler.kv_blocks import KvBlocks
@@ -77,6 +87,15 @@ class Scheduler:
             send=lambda message: self._outbox.append(("adapter_loader", 0, message)),
             load_seconds=settings.adapter_load_seconds,
             revalidate_seconds=settings.adapter_revalidate_seconds,
+        )
+        self._catalogue = Catalogue()
+        self._administration = Administration(
+            adapters=self._adapters,
+            catalogue=self._catalogue,
+            send=lambda frontend, message: self._outbox.append(("frontend", frontend, message)),
+            frontends=settings.frontends,
+            load_seconds=settings.adapter_load_seconds,
+            pinned_fraction=settings.pinned_pool_fraction,
         )
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
@@ -128,6 +147,9 @@ class Scheduler:
         if limit and self._unstarted[sequence.tenant] > limit:
             self._fail(sequence, failures.tenant_waits(limit), now)
             return
+        if sequence.adapter is not None:
+            resident = self._adapters.is_resident(sequence.adapter)
+            self._catalogue.asked(sequence.adapter, now, resident=resident)
         deadline = sequence.arrived + self._settings.max_wait_seconds
         heapq.heappush(self._start_deadlines, (deadline, sequence.order, sequence))
         self._adapters.join(sequence, now)
@@ -137,12 +159,31 @@ class Scheduler:
         if sequence is not None:
             self._remove(sequence)
 
-    def adapter_staged(self, message: AdapterStaged) -> None:
-        self._adapters.staged(message)
+    def adapter_staged(self, message: AdapterStaged, now: float) -> None:
+        if self._adapters.staged(message):
+            self._catalogue.staged(message, now)
 
     def adapter_failed(self, message: AdapterFailed, now: float) -> None:
         for sequence in self._adapters.failed(message.adapter, message.failure, now):
             self._fail(sequence, message.failure, now)
+
+    def adapter_dropped(self, message: AdapterDropped, now: float) -> None:
+        self._catalogue.dropped(message.adapter)
+        self._adapters.dropped(message.adapter, now)
+
+    def admin_command(self, message: AdminCommand, now: float) -> None:
+        self._administration.command(message, now)
+
+    def aliases_taken(self, message: AliasesTaken) -> None:
+        self._administration.aliases_taken(message)
+
+    def list_adapters(self, message: ListAdapters, now: float) -> None:
+        running = Counter(one.named for one in self._sequence_of.values() if one.table is not None)
+        waiting = Counter(one.named for one in self._sequence_of.values() if one.table is None)
+        described = [self._described(key, now, running, waiting) for key in self._catalogue]
+        described.sort(key=lambda one: one.adapter)
+        answer = AdapterList(message.command_id, tuple(described))
+        self._outbox.append(("frontend", message.frontend, answer))
 
     def adapter_placed(self, message: AdapterPlaced) -> None:
         """The oldest placement is done."""
@@ -186,6 +227,7 @@ class Scheduler:
         Adapters come first, and do not wait for a step in flight to end, so that a step that wants
         one finds it there or on its way.
         """
+        self._administration.advance(now)
         if self._worker is None:
             return None
         if not self._placements:
@@ -193,6 +235,7 @@ class Scheduler:
             self._placements.extend(placements)
             for sequence, failure in failed:
                 self._fail(sequence, failure, now)
+            self._administration.advance(now)  # some may have failed
         return self._placements.popleft() if self._placements else self._next_step(now)
 
     def _next_step(self, now: float) -> Step | None:
@@ -235,7 +278,8 @@ class Scheduler:
             heapq.heappop(deadlines)
         start = deadlines[0][0] if deadlines else None
         load = self._adapters.next_deadline()
-        return min((one for one in (start, load) if one is not None), default=None)
+        command = self._administration.next_deadline()
+        return min((one for one in (start, load, command) if one is not None), default=None)
 
     @property
     def idle(self) -> bool:
@@ -259,11 +303,54 @@ class Scheduler:
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
             adapters_resident=self._adapters.resident,
+            adapters_pinned=self._adapters.kept,
             adapter_pool_used_bytes=self._adapters.pool_used_bytes,
+            adapter_pool_pinned_bytes=self._adapters.kept_bytes,
+            adapter_pool_evictions=self._adapters.evictions,
             prefix_cache_hit_tokens=self._hit_tokens,
             preemptions=self._batch.preemptions,
             steps=self._steps_sent,
             tokens_generated=self._generated,
+        )
+
+    def tier_hits(self) -> Mapping[Tier, int]:
+        """Requests by where their adapter lay when they came."""
+        return self._catalogue.hits
+
+    def adapter_names(self) -> tuple[list[str], list[str]]:
+        """What clients call the adapters that are resident, and those that are waited for.
+
+        Those of a tenant alone are left out. The latest used come first.
+        """
+        resident, absent = self._adapters.by_use()
+        return self._names(resident), self._names(absent)
+
+    def _names(self, keys: Iterable[AdapterKey]) -> list[str]:
+        names: dict[str, None] = {}
+        for key in keys:
+            if not key.scope:
+                names.update(dict.fromkeys(self._administration.names_of(key) or [key.id]))
+        return list(names)
+
+    def _described(
+        self,
+        key: AdapterKey,
+        now: float,
+        running: Counter[AdapterKey | None],
+        waiting: Counter[AdapterKey | None],
+    ) -> AdapterDescription:
+        known = self._catalogue.of(key)
+        return AdapterDescription(
+            adapter=key,
+            tier=self._catalogue.tier(key, resident=self._adapters.is_resident(key)),
+            nbytes=known.nbytes,
+            rank=known.rank,
+            pinned=self._adapters.is_kept(key),
+            pins=self._adapters.pins(key),
+            running=running[key],
+            waiting=waiting[key],
+            loads=known.loads,
+            idle_seconds=now - known.last_used,
         )
 
     # --- tokens of a step ---

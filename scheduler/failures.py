@@ -31,11 +31,14 @@ def load_too_slow(adapter: AdapterKey, seconds: float) -> Failure:
     )
 
 
-def adapter_too_large(adapter: AdapterKey, nbytes: int, pool_bytes: int) -> Failure:
+def adapter_too_large(
+    adapter: AdapterKey, nbytes: int, pool_bytes: int, pinned_bytes: int
+) -> Failure:
+    pinned = f", of which {pinned_bytes} are pinned" if pinned_bytes else ""
     return Failure(
         422,
         FailureKind.ADAPTER_INVALID,
-        f"adapter {adapter.id} takes {nbytes} bytes, the adapter pool has {pool_bytes}",
+        f"adapter {adapter.id} takes {nbytes} bytes, the adapter pool has {pool_bytes}{pinned}",
     )
 
 
@@ -54,4 +57,34 @@ def not_finite(adapter: AdapterKey | None) -> Failure:
         422,
         FailureKind.ADAPTER_INVALID,
         f"the model with adapter {adapter.id} gave logits that are not finite",
+    )
+
+
+def name_is_taken(name: str) -> Failure:
+    """In vLLM's words, which controllers look for."""
+    return Failure(
+        400,
+        FailureKind.VALIDATION,
+        f"The lora adapter '{name}' has already been loaded. "
+        "To replace it, set 'load_inplace' to true.",
+    )
+
+
+def no_such_name(name: str) -> Failure:
+    """In vLLM's words, which controllers look for."""
+    return Failure(
+        404, FailureKind.ADAPTER_NOT_FOUND, f"The lora adapter '{name}' cannot be found."
+    )
+
+
+def not_pinned(adapter: AdapterKey) -> Failure:
+    return Failure(404, FailureKind.ADAPTER_NOT_FOUND, f"adapter {adapter.id} is not pinned")
+
+
+def too_much_pinned(adapter: AdapterKey, pinned: int, pinned_bytes: int, share: float) -> Failure:
+    return Failure(
+        400,
+        FailureKind.VALIDATION,
+        f"adapter {adapter.id} cannot be pinned: {pinned} adapters with {pinned_bytes} bytes are, "
+        f"and pinned_pool_fraction allows {share:g} of the adapter pool",
     )

@@ -11,7 +11,10 @@ class Figures(msgspec.Struct, frozen=True):
     kv_blocks_used: int
     kv_blocks_total: int
     adapters_resident: int
+    adapters_pinned: int
     adapter_pool_used_bytes: int
+    adapter_pool_pinned_bytes: int
+    adapter_pool_evictions: int
     prefix_cache_hit_tokens: int
     preemptions: int
     steps: int

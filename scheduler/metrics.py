@@ -1,11 +1,15 @@
 """The scheduler's figures as metrics, read from the core when they are asked for."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from pipeline.messages import Tier
 from scheduler.figures import Figures
+
+MAX_NAMED = 256  # adapters in one label
 
 GAUGES = {
     "requests_running": "Sequences that have a row",
@@ -13,9 +17,12 @@ GAUGES = {
     "kv_blocks_used": "KV blocks that running sequences hold",
     "kv_blocks_total": "KV blocks there are",
     "adapters_resident": "Adapters in the device's pool",
+    "adapters_pinned": "Adapters in the device's pool that administrators have pinned",
     "adapter_pool_used_bytes": "Bytes of the device's pool that adapters take",
+    "adapter_pool_pinned_bytes": "Bytes of the device's pool that pinned adapters take",
 }
 COUNTERS = {
+    "adapter_pool_evictions": "Adapters that left the device's pool for others",
     "prefix_cache_hit_tokens": "Prompt tokens found in the prefix cache",
     "preemptions": "Sequences that gave up their KV blocks to run again later",
     "steps": "Steps sent to the GPU worker",
@@ -35,3 +42,47 @@ class FiguresCollector(Collector):
             yield GaugeMetricFamily(f"loradex_{name}", text, getattr(figures, name))
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"loradex_{name}", text, getattr(figures, name))
+
+
+class AdaptersCollector(Collector):
+    """Where adapters were when they were asked for, and, as vLLM tells it, which ones are here.
+
+    tier_hits  requests by where their adapter lay
+    names      of those that are resident, and of those that are waited for
+    slots      how many can be resident
+    """
+
+    def __init__(
+        self,
+        *,
+        tier_hits: Callable[[], Mapping[Tier, int]],
+        names: Callable[[], tuple[list[str], list[str]]],
+        slots: int,
+    ) -> None:
+        self._tier_hits = tier_hits
+        self._names = names
+        self._slots = slots
+
+    def collect(self) -> Iterable[Metric]:
+        hits = CounterMetricFamily(
+            "loradex_adapter_tier_hits",
+            "Requests, by where their adapter lay when they came",
+            labels=["tier"],
+        )
+        tier_hits = self._tier_hits()
+        for tier in Tier:
+            hits.add_metric([tier.value], tier_hits.get(tier, 0))
+        yield hits
+        requests = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "The time; running are the adapters that are resident, waiting those waited for",
+            labels=["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+        )
+        resident, waiting = map(_joined, self._names())
+        requests.add_metric([resident, waiting, str(self._slots)], time.time())
+        yield requests
+
+
+def _joined(names: list[str]) -> str:
+    """What separates names cannot be in one."""
+    return ",".join([name for name in names if "," not in name][:MAX_NAMED])

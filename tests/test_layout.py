@@ -40,6 +40,9 @@ ALLOWED = {
 }
 # modules that decide and never talk: no socket, no clock, no thread, no file
 PURE = (
+    "scheduler/adapters.py",
+    "scheduler/administration.py",
+    "scheduler/catalogue.py",
     "scheduler/core.py",
     "scheduler/sequence.py",
     "scheduler/kv_blocks.py",
@@ -57,6 +60,8 @@ PURE = (
     "adapter_loader/recent_failures.py",
     "frontend/streams.py",
     "frontend/adapter_ids.py",
+    "frontend/adapter_labels.py",
+    "frontend/aliases.py",
     "frontend/admission.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",

@@ -21,11 +21,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from prometheus_client import Counter, Gauge
+
 from adapter_loader.refusals import invalid, unavailable
 from adapter_loader.remote.retries import Interrupted
 from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, open_files
 from pipeline.adapter_roots import CONFIG_FILE
 from pipeline.errors import RequestError
+from pipeline.metrics import REGISTRY
+
+USED_BYTES = Gauge(
+    "loradex_disk_cache_used_bytes",
+    "Bytes of the disk cache that were taken, with what is being downloaded, when it last changed",
+    registry=REGISTRY,
+)
+ENTRIES = Gauge(
+    "loradex_disk_cache_adapters",
+    "Adapters that lay whole in the disk cache when it last changed",
+    registry=REGISTRY,
+)
+EVICTIONS = Counter(
+    "loradex_disk_cache_evictions",
+    "Folders of the disk cache that went to make room",
+    registry=REGISTRY,
+)
 
 
 class _Kept(NamedTuple):
@@ -46,6 +65,7 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._room = threading.Lock()  # held while room is looked for
         self._reserved: dict[Path, int] = {}  # folder that is being filled -> bytes when it is
+        self._measure()
 
     def open(self, digest: str, max_adapter_bytes: int) -> AdapterFiles | None:
         """The files of a complete entry, which stays until they are closed; None without one.
@@ -102,6 +122,7 @@ class DiskCache:
             if private:
                 shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+            self._measure()
 
     def reserve(self, folder: Path, nbytes: int) -> None:
         """Make room for what `folder` will hold in all. Raises RequestError when there is none."""
@@ -119,6 +140,7 @@ class DiskCache:
                     return
                 if self._evict(entry):
                     used -= entry.nbytes
+                    EVICTIONS.inc()
             if used > self._max_bytes or not self._fits_the_disk(folder):
                 del self._reserved[folder]
                 raise unavailable(f"the disk cache has no room for its {nbytes} bytes")
@@ -135,10 +157,17 @@ class DiskCache:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _measure(self) -> None:
+        """Say on /metrics how full it is."""
+        with self._room:
+            kept = list(self._kept())
+            USED_BYTES.set(sum(entry.nbytes for entry in kept) + sum(self._reserved.values()))
+            ENTRIES.set(sum(entry.folder.parent == self._entries for entry in kept))
+
     def _kept(self) -> Iterator[_Kept]:
         """All folders that are not being filled by this process."""
         for parent, name in ((self._entries, WEIGHTS_FILE), (self._partial, "")):
-            for folder in parent.iterdir():
+            for folder in parent.iterdir() if parent.is_dir() else ():
                 if folder not in self._reserved:
                     with suppress(FileNotFoundError):  # another process evicts as well
                         nbytes = _size(folder)

@@ -7,11 +7,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from adapter_loader.core import Core, Discard, Identity, StartFetch, StartPack
 from pipeline.arena import ALIGNMENT as PAGE
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
     Failure,
     FailureKind,
+    ForgetAdapter,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -41,13 +43,16 @@ def stage(loader: Core, name: str = "a", pages: int = 1, identity: Identity = (1
     fetched(loader, name, pages, identity)
     loader.packed(key(name), f"{name} {identity}")
     loader.take_actions()
-    (answer,) = loader.take_outbox()
-    assert isinstance(answer, AdapterStaged)
+    (answer,) = [one for one in loader.take_outbox() if isinstance(one, AdapterStaged)]
     return answer.arena_offset // PAGE
 
 
 def release(loader: Core, name: str, page: int) -> bool:
     return loader.release(ReleaseAdapter(key(name), page * PAGE))
+
+
+def forget(loader: Core, name: str = "a") -> None:
+    loader.forget(ForgetAdapter(key(name)))
 
 
 def staged(name: str, page: int, pages: int = 1, identity: Identity = (1,)) -> AdapterStaged:
@@ -323,6 +328,88 @@ def test_keys_differ_by_source_revision_and_scope() -> None:
     assert [action.key for action in loader.take_actions()] == keys
 
 
+def test_an_adapter_that_nobody_leases_is_forgotten_at_once() -> None:
+    loader = core()
+    release(loader, "a", stage(loader, "a"))
+    forget(loader)
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+    assert (loader.staged, loader.used_bytes, loader.evictions) == (0, 0, 0)
+    load(loader)
+    assert loader.take_actions() == [StartFetch(key("a"), None, None)]
+
+
+def test_what_the_arena_never_held_is_forgotten_as_well() -> None:
+    loader = core()
+    forget(loader)
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+
+
+def test_an_adapter_is_forgotten_when_its_last_lease_has_come_back_outdated_ones_too() -> None:
+    loader = core()
+    stage(loader, "a", identity=(1,))
+    stage(loader, "a", identity=(2,))
+    forget(loader)
+    release(loader, "a", 1)
+    assert loader.take_outbox() == []
+    release(loader, "a", 0)
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+    assert loader.used_bytes == 0
+
+
+def test_what_is_packed_for_nobody_is_not_kept_when_it_is_to_be_forgotten() -> None:
+    loader = core()
+    load(loader)
+    fetched(loader)
+    loader.expire(99)
+    forget(loader)
+    assert failures(loader) != []
+    loader.packed(key("a"), "a (1,)")
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+    assert (loader.staged, loader.used_bytes) == (0, 0)
+
+
+def test_a_load_that_is_under_way_is_answered_before_its_adapter_is_forgotten() -> None:
+    loader = core()
+    load(loader)
+    fetched(loader)
+    forget(loader)
+    loader.packed(key("a"), "a (1,)")
+    assert loader.take_outbox() == [staged("a", 0)]
+    release(loader, "a", 0)
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+
+
+def test_forgetting_an_adapter_gives_its_room_to_what_waits() -> None:
+    loader = core(pages=2)
+    stage(loader, "a", pages=2)
+    load(loader, "b")
+    fetched(loader, "b", pages=2)
+    loader.take_actions()
+    forget(loader)
+    release(loader, "a", 0)
+    assert loader.take_actions() == [StartPack(key("b"), 0, 2 * PAGE)]
+
+
+def test_a_failure_is_forgotten_with_its_adapter() -> None:
+    loader = Core(arena_bytes=PAGE, load_seconds=10, remember_seconds=5)
+    remote = AdapterKey("http", "https://h/x")
+    loader.load(LoadAdapter(remote), 0)
+    loader.failed(remote, BROKEN, 0)
+    loader.take_actions()
+    loader.forget(ForgetAdapter(remote))
+    loader.load(LoadAdapter(remote), 1)
+    assert loader.take_actions() == [StartFetch(remote, None, None)]
+
+
+def test_what_has_to_go_for_others_is_told_and_counted() -> None:
+    loader = core(pages=1)
+    release(loader, "a", stage(loader, "a"))
+    load(loader, "b")
+    fetched(loader, "b")
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+    assert loader.evictions == 1
+
+
 NAMES = "abcde"
 seldom = st.integers(0, 7).map(lambda number: number == 7)
 SIZES = {name: index + 1 for index, name in enumerate(NAMES)}  # pages
@@ -342,6 +429,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.packing: dict[str, StartPack] = {}
         self.leases: list[AdapterStaged] = []
         self.version = dict.fromkeys(NAMES, 0)
+        self.forgetting: set[str] = set()
 
     def settle(self) -> None:
         for action in self.core.take_actions():
@@ -356,7 +444,13 @@ class AnyOrder(RuleBasedStateMachine):
                 case Discard():
                     self.open.remove(name)
         for answer in self.core.take_outbox():
-            self.answers[answer.adapter.id] += 1
+            name = answer.adapter.id
+            if isinstance(answer, AdapterDropped):
+                assert name not in [lease.adapter.id for lease in self.leases]
+                assert name not in self.packing or name not in self.forgetting
+                self.forgetting.discard(name)
+                continue
+            self.answers[name] += 1
             if isinstance(answer, AdapterStaged):
                 self.leases.append(answer)
 
@@ -400,6 +494,12 @@ class AnyOrder(RuleBasedStateMachine):
         self.settle()
 
     @rule(name=st.sampled_from(NAMES))
+    def forget(self, name: str) -> None:
+        self.forgetting.add(name)
+        forget(self.core, name)
+        self.settle()
+
+    @rule(name=st.sampled_from(NAMES))
     def change_source(self, name: str) -> None:
         self.version[name] += 1
 
@@ -438,6 +538,9 @@ class AnyOrder(RuleBasedStateMachine):
             self.settle()
         for lease in self.leases:
             assert self.core.release(ReleaseAdapter(lease.adapter, lease.arena_offset))
+        self.leases = []
+        self.settle()
+        assert not self.forgetting
         assert not self.open
         assert self.answers == self.loads
         load(self.core, "all", self.now)

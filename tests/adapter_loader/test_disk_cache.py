@@ -9,6 +9,7 @@ from adapter_loader.remote.disk_cache import DiskCache
 from adapter_loader.remote.retries import Interrupted
 from adapter_loader.sources import AdapterFiles
 from pipeline.errors import RequestError
+from pipeline.metrics import REGISTRY
 from tests.adapter_loader.adapters import CONFIG, WEIGHTS
 
 MAX_BYTES = 1000
@@ -44,6 +45,24 @@ def test_an_entry_is_there_once_it_is_published(tmp_path: Path) -> None:
     assert files is not None
     assert files.weights_bytes == 398
     files.close()
+
+
+def test_metrics_say_how_full_it_is_and_what_had_to_go(tmp_path: Path) -> None:
+    def figures() -> tuple[float | None, ...]:
+        names = ("used_bytes", "adapters", "evictions_total")
+        return tuple(REGISTRY.get_sample_value(f"loradex_disk_cache_{name}") for name in names)
+
+    kept = cache(tmp_path)
+    *_, before = figures()
+    assert figures() == (0, 0, before)
+    add(kept, "a", used=1)
+    add(kept, "b", used=2)
+    assert figures() == (800, 2, before)
+    add(kept, "c", 300)
+    assert before is not None
+    assert figures() == (700, 2, before + 1)
+    cache(tmp_path)  # started anew, over what is there
+    assert figures() == (700, 2, before + 1)
 
 
 def test_being_used_does_not_change_the_identity(tmp_path: Path) -> None:

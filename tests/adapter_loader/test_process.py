@@ -215,7 +215,7 @@ def test_a_frontend_is_told_that_it_is_ready_and_how_it_does(loader: Running) ->
                 for _, _, _, family in message.families:
                     samples.update({name: value for name, _, value in family})
     assert samples["loradex_arena_used_bytes"] >= staged.nbytes
-    assert samples["loradex_staged_adapters"] >= 1
+    assert samples["loradex_arena_adapters"] >= 1
     assert "loradex_adapter_load_stage_seconds_count" in samples
     loader.send(ReleaseAdapter(staged.adapter, staged.arena_offset))
 

@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import msgspec
 
-from frontend.app import make_app
+from frontend.app import make_administration, make_app
 from frontend.calls import Call, ReplyShape
+from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.exchange import HttpReply
 from frontend.processes import Processes
@@ -133,8 +134,19 @@ class Backend:
         if ready:
             for process in OTHERS:
                 self.processes.ready(ProcessReady(process, 0, FACTS.get(process, {})))
+        self.commands = Commands(index, self.send)
+        self.administration = make_administration(
+            self.settings,
+            downstream=self.downstream,
+            processes=self.processes,
+            commands=self.commands,
+        )
         self.app = make_app(
-            self.settings, index, downstream=self.downstream, processes=self.processes
+            self.settings,
+            index,
+            downstream=self.downstream,
+            processes=self.processes,
+            administration=self.administration,
         )
 
     def send(self, process: str, message: Message, index: int) -> None:

@@ -51,6 +51,12 @@ def test_auto_is_local_where_a_root_holds_it(root: Path, name: str) -> None:
     assert find(root, name) == Wanted(AdapterKey("local", name), None)
 
 
+def test_a_path_below_a_root_is_the_same_adapter_as_its_id(root: Path) -> None:
+    assert find(root, str(root / "here")) == Wanted(AdapterKey("local", "here"), None)
+    assert find(root, f"{root}//team/nested@home/") == find(root, "team/nested@home")
+    assert find(root, str(root), source="local") == Wanted(AdapterKey("local", str(root)), None)
+
+
 @pytest.mark.parametrize("name", ["elsewhere", "../here", "/etc"])
 def test_auto_is_the_hub_where_no_root_holds_it(root: Path, name: str) -> None:
     assert find(root, name) == Wanted(AdapterKey("hub", name), None)

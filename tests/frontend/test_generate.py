@@ -215,7 +215,7 @@ async def test_an_adapter_that_answered_is_listed_and_one_that_did_not_is_not() 
 
 async def test_requests_and_failures_are_counted_by_labels_of_ours() -> None:
     backend = Backend(says("Hello"))
-    await backend.post(CHAT, chat(model="org/their-own-label"))
+    await backend.post(CHAT, chat(model="org/answers"))
     backend.answer = fails(failure(FailureKind.ADAPTER_FORBIDDEN, 403))
     await backend.post(CHAT, chat(model="org/their-own-label"))
     await backend.get("/their-own-route")
@@ -224,6 +224,7 @@ async def test_requests_and_failures_are_counted_by_labels_of_ours() -> None:
     assert 'status="403"' in metrics
     assert 'kind="adapter_forbidden"' in metrics
     assert 'route="other",status="404"' in metrics
+    assert 'adapter="hub:org/answers"' in metrics
     assert "their-own" not in metrics
 
 

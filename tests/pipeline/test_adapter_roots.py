@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.adapter_roots import CONFIG_FILE, MAX_ID_CHARACTERS, find_local, list_local
+from pipeline.adapter_roots import CONFIG_FILE, MAX_ID_CHARACTERS, find_local, list_local, local_id
 
 
 def adapter(folder: Path) -> Path:
@@ -33,6 +33,18 @@ def test_the_first_root_that_has_it_wins(tmp_path: Path) -> None:
     adapter(second / "y")
     assert find_local([first, second], "x") == only_second
     assert find_local([first, second], "y") == both
+
+
+def test_an_adapter_has_one_id_however_its_path_is_written(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    adapter(first / "both")
+    only_second, shadowed = adapter(second / "team" / "x"), adapter(second / "both")
+    roots = [first, second]
+    assert local_id(roots, "both") == local_id(roots, str(first / "both")) == "both"
+    assert local_id(roots, str(only_second)) == "team/x"
+    assert local_id(roots, str(shadowed)) == str(shadowed), "the short id is another adapter's"
+    for other in (str(first), str(tmp_path / "c"), "absent", ""):
+        assert local_id(roots, other) == other
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,7 @@ def other_value(name: str) -> Any:
         "kv_block_tokens": 32,
         "gpu_memory_fraction": 0.5,
         "adapter_pool_fraction": 0.5,
+        "pinned_pool_fraction": 0.25,
     }
     default = FIELDS[name].default
     if name in values:
@@ -141,6 +142,12 @@ def test_each_setting_reaches_a_child_process(name: str) -> None:
     variables = to_environment(changed)
     assert list(variables) == [f"LORADEX_{name.upper()}"]
     assert load_settings({}, variables) == changed
+
+
+def test_a_secret_shows_in_no_text_of_the_settings() -> None:
+    settings = Settings(admin_api_key="not-for-everybody", port=1)
+    assert repr(settings) == "Settings(port=1, admin_api_key='***')"
+    assert "not-for-everybody" not in f"{settings}"
 
 
 def test_no_adapter_root_at_all_reaches_a_child_process() -> None:

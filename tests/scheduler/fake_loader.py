@@ -2,11 +2,13 @@
 
 from pipeline.adapter_layout import pack_ranks
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
     Failure,
     FailureKind,
+    ForgetAdapter,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -21,15 +23,24 @@ class FakeLoader:
         self.leases: dict[int, AdapterKey] = {}  # by arena offset
         self.arena: dict[int, str] = {}  # content by arena offset
         self.contents: dict[AdapterKey, set[str]] = {}  # all that were ever staged
+        self.forgets: list[AdapterKey] = []  # not answered
         self._offset = 0
 
-    def send(self, message: LoadAdapter | ReleaseAdapter) -> None:
-        if isinstance(message, LoadAdapter):
+    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None:
+        if isinstance(message, ForgetAdapter):
+            assert message.adapter not in [load.adapter for load in self.loads], "it is loading"
+            assert message.adapter not in self.leases.values(), "it is leased"
+            self.forgets.append(message.adapter)
+        elif isinstance(message, LoadAdapter):
             assert message.adapter not in [load.adapter for load in self.loads], "asked twice"
+            assert message.adapter not in self.forgets, "it is being forgotten"
             self.loads.append(message)
         else:
             assert self.leases.pop(message.arena_offset) == message.adapter
             del self.arena[message.arena_offset]
+
+    def forget(self, which: int = 0) -> AdapterDropped:
+        return AdapterDropped(self.forgets.pop(which))
 
     def stage(self, which: int = 0, *, content: str = "", nbytes: int = 512) -> AdapterStaged:
         """Answer a load. The content is the adapter's id unless given."""

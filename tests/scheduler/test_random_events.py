@@ -8,12 +8,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.messages import FinishReason
+from pipeline.messages import AdminVerb, FinishReason, Tier
 from tests.scheduler.fake_loader import UNAVAILABLE
 from tests.scheduler.fake_worker import BASE, BROKEN, reply
 from tests.scheduler.world import World
 
 ADAPTERS = ("a", "b", "c", "d", "e")
+NAMES = ("x", "y")
 POOL_BYTES = 2048
 COMMON = (5, 6, 7, 8, 9, 10, 11, 12, 13)  # prompts share beginnings
 
@@ -92,6 +93,34 @@ class AnyOrder(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.world.cancel(data.draw(st.integers(1, len(self.world.requests))))
 
+    @rule(
+        verb=st.sampled_from(AdminVerb),
+        name=st.sampled_from(NAMES),
+        adapter=st.sampled_from(ADAPTERS),
+        pinned=st.booleans(),
+        in_place=st.booleans(),
+    )
+    def command(
+        self, verb: AdminVerb, name: str, adapter: str, pinned: bool, in_place: bool
+    ) -> None:
+        match verb:
+            case AdminVerb.LOAD:
+                how = {"pinned": pinned, "in_place": in_place}
+                self.world.command(verb, name=name, adapter=adapter, **how)
+            case AdminVerb.UNLOAD:
+                self.world.command(verb, name=name)
+            case AdminVerb.PIN | AdminVerb.UNPIN:
+                self.world.command(verb, adapter=adapter)
+
+    @rule()
+    def take_names(self) -> None:
+        self.world.take_names()
+
+    @precondition(lambda self: self.world.loader.forgets)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        self.world.forget(data.draw(st.integers(0, len(self.world.loader.forgets) - 1)))
+
     @rule(adapter=st.sampled_from(ADAPTERS))
     def prefetch(self, adapter: str) -> None:
         self.world.prefetch(adapter)
@@ -147,8 +176,31 @@ class AnyOrder(RuleBasedStateMachine):
         if not self.arena_is_ready:
             self.arena_ready()
         self.world.run()
+        self._check_commands()
         self._check_replies()
         self._check_all_came_back()
+
+    def _check_commands(self) -> None:
+        """All end, and when all names are unloaded nothing of what they meant is left."""
+        world = self.world
+        self._end_commands()
+        meant = set(world.names[0].names.values())
+        for name in NAMES:
+            world.command(AdminVerb.UNLOAD, name=name)
+        self._end_commands()
+        assert world.names[0].names == {}
+        listed = world.list_adapters().values()
+        assert all(one.tier == Tier.DISK for one in listed if one.adapter in meant)
+        for adapter in ADAPTERS:
+            world.command(AdminVerb.UNPIN, adapter=adapter)
+        assert world.core.figures().adapters_pinned == 0
+
+    def _end_commands(self) -> None:
+        world = self.world
+        for _ in range(3 * len(world.commands) + 1):
+            world.take_names()
+            world.run()
+        assert world.done.keys() == world.commands.keys()
 
     def _check_replies(self) -> None:
         world = self.world

@@ -8,12 +8,21 @@ import msgspec
 
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterDescription,
     AdapterKey,
+    AdapterList,
+    AdminCommand,
+    AdminDone,
+    AdminVerb,
+    Aliases,
+    AliasesTaken,
     ArenaReady,
     AttachArena,
     Cancel,
     Failure,
     Finished,
+    ForgetAdapter,
+    ListAdapters,
     LoadAdapter,
     Prefetch,
     ReleaseAdapter,
@@ -40,7 +49,7 @@ class Loader(Protocol):
     @property
     def arena(self) -> Mapping[int, str]: ...
 
-    def send(self, message: LoadAdapter | ReleaseAdapter) -> None: ...
+    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None: ...
 
 
 class World:
@@ -82,6 +91,10 @@ class World:
         self.tokens: dict[int, list[int]] = {}
         self.finished: dict[int, Finished] = {}
         self.cancelled: set[int] = set()
+        self.commands: dict[int, AdminCommand] = {}
+        self.done: dict[int, Failure | None] = {}  # commands that are answered
+        self.names = [Aliases(0, {})] * self.settings.frontends  # as each was told them
+        self.listed: dict[str, AdapterDescription] = {}
         self.arena_attached = False
         if started:
             self.worker_ready()
@@ -139,12 +152,48 @@ class World:
         self.settle()
 
     def stage(self, which: int = 0, *, content: str = "", nbytes: int = 512) -> None:
-        self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes))
+        self.core.adapter_staged(self.loader.stage(which, content=content, nbytes=nbytes), self.now)
         self.settle()
 
     def fail_load(self, which: int = 0, failure: Failure = NOT_FOUND) -> None:
         self.core.adapter_failed(self.loader.fail(which, failure), self.now)
         self.settle()
+
+    def forget(self, which: int = 0) -> None:
+        """The loader forgets what it was told to, which nobody may lease then."""
+        self.core.adapter_dropped(self.loader.forget(which), self.now)
+        self.settle()
+
+    def command(
+        self,
+        verb: AdminVerb,
+        *,
+        name: str = "",
+        adapter: str = "",
+        pinned: bool = False,
+        in_place: bool = False,
+    ) -> int:
+        """Returns the command's number."""
+        command_id = len(self.commands) + 1
+        named = key(adapter) if adapter else None
+        command = AdminCommand(command_id, 0, verb, name, named, pinned=pinned, in_place=in_place)
+        self.commands[command_id] = command
+        self.core.admin_command(command, self.now)
+        self.settle()
+        return command_id
+
+    def take_names(self) -> None:
+        """Every frontend has taken the latest names."""
+        for frontend, names in enumerate(self.names):
+            if names.version:
+                self.core.aliases_taken(AliasesTaken(names.version, frontend))
+        self.settle()
+
+    def list_adapters(self) -> dict[str, AdapterDescription]:
+        """What is listed, by id."""
+        self.core.list_adapters(ListAdapters(1, 0), self.now)
+        self.settle()
+        return self.listed
 
     def arrive(self) -> None:
         """The oldest copy has arrived in the pool."""
@@ -170,6 +219,8 @@ class World:
         for _ in range(5000):
             if self.loader.loads:
                 self.stage()
+            elif self.loader.forgets:
+                self.forget()
             elif self.worker.steps:
                 self.step()
             elif self.worker.placing:
@@ -197,9 +248,12 @@ class World:
         self.sent += envelopes
         for process, index, message in envelopes:
             match message:
-                case LoadAdapter() | ReleaseAdapter():
+                case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
+                case Aliases() | AdminDone() | AdapterList():
+                    assert process == "frontend"
+                    self._tell_frontend(message, index)
                 case AttachArena():
                     assert process == "gpu_worker"
                     self.arena_attached = True
@@ -208,6 +262,18 @@ class World:
                     self._read(message, index)
                 case _:
                     raise AssertionError(message)
+
+    def _tell_frontend(self, message: Aliases | AdminDone | AdapterList, index: int) -> None:
+        match message:
+            case Aliases():
+                assert message.version > self.names[index].version
+                self.names[index] = message
+            case AdminDone():
+                assert message.command_id in self.commands
+                assert message.command_id not in self.done, "it is done already"
+                self.done[message.command_id] = message.failure
+            case AdapterList():
+                self.listed = {one.adapter.id: one for one in message.adapters}
 
     def _read(self, message: Tokens, worker: int) -> None:
         for request_id, token in zip(message.request_ids, message.token_ids, strict=True):

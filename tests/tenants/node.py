@@ -16,10 +16,12 @@ from pipeline.arena import ALIGNMENT
 from pipeline.config import SOURCES
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    AdapterDropped,
     AdapterKey,
     AdapterStaged,
     Failure,
     FinishReason,
+    ForgetAdapter,
     LoadAdapter,
     Prefetch,
     ReleaseAdapter,
@@ -46,11 +48,14 @@ class RealLoader:
             remember_seconds=remember_seconds,
         )
 
-    def send(self, message: LoadAdapter | ReleaseAdapter) -> None:
-        if isinstance(message, LoadAdapter):
-            self._core.load(message, self._sources.now)
-        else:
-            assert self._core.release(message)
+    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None:
+        match message:
+            case LoadAdapter():
+                self._core.load(message, self._sources.now)
+            case ForgetAdapter():
+                self._core.forget(message)
+            case ReleaseAdapter():
+                assert self._core.release(message)
         self._act()
 
     def fetch(self, which: int) -> None:
@@ -74,7 +79,9 @@ class RealLoader:
         self._act()
         for answer in self._core.take_outbox():
             if isinstance(answer, AdapterStaged):
-                world.core.adapter_staged(answer)
+                world.core.adapter_staged(answer, world.now)
+            elif isinstance(answer, AdapterDropped):
+                world.core.adapter_dropped(answer, world.now)
             else:
                 world.core.adapter_failed(answer, world.now)
             world.settle()
