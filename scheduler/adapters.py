@@ -107,6 +107,7 @@ class Adapters:
         self._pool = AdapterPool(nbytes=0, slots=0)  # until the worker is ready
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._resident: dict[AdapterKey, Adapter] = {}  # those of them that have an extent
+        self._unpinned: dict[AdapterKey, Adapter] = {}  # those of these that are not pinned
         self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
         self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
         self._may_ask: set[str] = set()  # tenants that have fewer loads than before
@@ -183,7 +184,7 @@ class Adapters:
         if not adapter.running:
             self.running_bytes += _nbytes(adapter)
         adapter.running += 1
-        adapter.pins += 1
+        self._hold(adapter)
         adapter.used = True
 
     def unpin(self, key: AdapterKey) -> None:
@@ -243,7 +244,7 @@ class Adapters:
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
-                elif (message := self._find_room(adapter, now)) is not None:
+                elif (message := self._find_room(adapter, now, overdue=overdue)) is not None:
                     placements.append(message)
                 elif not adapter.waiting:
                     self._give_up(adapter)
@@ -275,17 +276,25 @@ class Adapters:
                     one.admits = True
                     self._policy.admit(one.key)
 
+    def _hold(self, adapter: Adapter) -> None:
+        adapter.pins += 1
+        self._unpinned.pop(adapter.key, None)
+
     def _let_go(self, adapter: Adapter) -> None:
         adapter.pins -= 1
-        self._room_may_be_found |= adapter.pins == 0
+        if adapter.pins == 0:
+            self._unpinned[adapter.key] = adapter
+            self._room_may_be_found = True
 
     def _shut(self, adapter: Adapter) -> None:
         """Let nobody start with it."""
         adapter.admits = False
         self._policy.shut(adapter.key)
 
-    def _find_room(self, adapter: Adapter, now: float) -> PlaceAdapter | None:
-        place = self._make_place(adapter, now)
+    def _find_room(
+        self, adapter: Adapter, now: float, *, overdue: AdapterKey | None
+    ) -> PlaceAdapter | None:
+        place = self._make_place(adapter, now, anybody=overdue == adapter.key)
         if place is None:
             return None
         adapter.extent = place.extent
@@ -299,24 +308,25 @@ class Adapters:
             if one.pins == 0:
                 self._shut(one)  # it is moved behind the copies that are on their way
         for one in (adapter, *moved):
-            one.pins += 1
+            self._hold(one)
         self._arriving.append(_Placing(adapter, moved))
         for extent in place.evicted:
             self._evicted(self._adapter_of[extent.key], now)
         return message
 
-    def _make_place(self, adapter: Adapter, now: float) -> Place | None:
-        others = self._resident.values()
-        overdue = self._policy.overdue(now) == adapter.key
+    def _make_place(self, adapter: Adapter, now: float, *, anybody: bool) -> Place | None:
+        """anybody: evict whoever is not pinned"""
         candidates = [
             one
-            for one in others
-            if not one.pins and (overdue or self._makes_room(one, adapter, now))
+            for one in self._unpinned.values()
+            if anybody or self._makes_room(one, adapter, now)
         ]
         candidates.sort(key=_worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
-        pinned = {other.extent for other in others if other.pins and other.extent is not None}
         nbytes = _nbytes(adapter)
+        if not self._pool.may_place(nbytes, evictable):
+            return None
+        pinned = {one.extent for one in self._resident.values() if one.pins and one.extent}
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
@@ -359,6 +369,7 @@ class Adapters:
         adapter.extent = None
         adapter.staged = None
         del self._resident[adapter.key]
+        del self._unpinned[adapter.key]
         self._shut(adapter)
         if not adapter.waiting:
             del self._adapter_of[adapter.key]
