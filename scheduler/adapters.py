@@ -18,7 +18,8 @@ found: there may be hundreds.
 
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
-the step would hold up all its rows for.
+the step would hold up all its rows for. No more than MAX_BYTES_ARRIVING are on their way: who gets
+room after that is decided when it is time, and until then others keep theirs.
 """
 
 import heapq
@@ -44,6 +45,7 @@ from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+MAX_BYTES_ARRIVING = 512 << 20  # about 10 ms; nobody is evicted for what would be copied later
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 MAX_TRIES = 8  # adapters that room is looked for in, at a time
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
@@ -238,10 +240,12 @@ class Adapters:
         """
         placements: list[PlaceAdapter] = []
         failed: Failed = []
-        while self._room_may_be_found and self._without_room:
+        while self._room_may_be_found and self._without_room and self._may_copy():
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
+                if not self._may_copy():
+                    break
                 if not self._pool.holds(_nbytes(adapter)):
                     failed += self._refuse(adapter)
                 elif (message := self._find_room(adapter, now, overdue=overdue)) is not None:
@@ -263,6 +267,9 @@ class Adapters:
         for one in (adapter, *moved):
             self._let_go(one)
         self._admit()
+
+    def _may_copy(self) -> bool:
+        return sum(_nbytes(one.adapter) for one in self._arriving) < MAX_BYTES_ARRIVING
 
     def _admit(self) -> None:
         """Let those start whose adapter has arrived, or is about to."""
@@ -317,9 +324,7 @@ class Adapters:
     def _make_place(self, adapter: Adapter, now: float, *, anybody: bool) -> Place | None:
         """anybody: evict whoever is not pinned"""
         candidates = [
-            one
-            for one in self._unpinned.values()
-            if anybody or self._makes_room(one, adapter, now)
+            one for one in self._unpinned.values() if anybody or self._makes_room(one, adapter, now)
         ]
         candidates.sort(key=_worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
