@@ -49,7 +49,7 @@ def main() -> None:
     for scenario in scenarios(given.capacity):
         if scenario.name not in (given.scenario or names):
             continue
-        asked = requests(scenario, given.requests // len(names))
+        asked = requests(scenario, round(given.requests * scenario.share))
         for policy in given.policy or POLICIES:
             run = Run(POLICIES[policy](), asked)
             run.run()

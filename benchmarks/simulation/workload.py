@@ -46,6 +46,7 @@ class Stream(NamedTuple):
 
 class Scenario(NamedTuple):
     name: str
+    share: float  # of all requests
     streams: tuple[Stream, ...]
     suspects: tuple[str, ...] = ()  # the tenants that the others are victims of
 
@@ -59,11 +60,13 @@ def scenarios(capacity: float) -> list[Scenario]:
     everybody = (*OTHERS, "tenant 20")
     bursts = Stream(("bursty",), 100, 1.0, capacity, sends=(60.0, 10.0))
     flood = Stream(("flooder",), 500, 0.0, 1.5 * capacity)
+    bursty = (Stream(OTHERS, 1900, 1.0, 0.6 * capacity), bursts)
+    adversarial = (Stream(OTHERS, 1500, 1.0, 0.5 * capacity), flood)
     return [
-        Scenario("steady", (Stream(everybody, 2000, 1.0, 0.95 * capacity),)),
-        Scenario("saturated", (Stream(everybody, 2000, 1.0, 1.5 * capacity),)),
-        Scenario("bursty", (Stream(OTHERS, 1900, 1.0, 0.6 * capacity), bursts), ("bursty",)),
-        Scenario("adversarial", (Stream(OTHERS, 1500, 1.0, 0.5 * capacity), flood), ("flooder",)),
+        Scenario("steady", 0.25, (Stream(everybody, 2000, 1.0, 0.95 * capacity),)),
+        Scenario("bursty", 0.35, bursty, ("bursty",)),
+        Scenario("adversarial", 0.35, adversarial, ("flooder",)),
+        Scenario("saturated", 0.05, (Stream(everybody, 2000, 1.0, 1.5 * capacity),)),
     ]
 
 
