@@ -69,8 +69,8 @@ class _Queues(Policy):
 class FirstComeFirstServed(_Queues):
     """The oldest of those that can start. Who lacks an adapter is passed, for as long as it does.
 
-    The other kind, in which the oldest of all holds up everybody while its adapter is loaded, is
-    much slower.
+    In the other kind the oldest of all holds up everybody while its adapter is loaded, so rows stay
+    free at each load: this one is the stronger rival.
     """
 
     def first(self, now: float) -> Sequence | None:
