@@ -60,6 +60,11 @@ class AdapterPool:
         """Whether an adapter of this size fits at all, beside so many bytes that are taken."""
         return _aligned(nbytes) + beside <= self.nbytes
 
+    def may_place(self, nbytes: int, evictable: Sequence[Extent]) -> bool:
+        """Whether there are enough bytes and a slot at all once these are gone; `place` may still
+        find no hole."""
+        return self._fewest_evictions(_aligned(nbytes), evictable) is not None
+
     def place(
         self,
         key: AdapterKey,
@@ -80,14 +85,17 @@ class AdapterPool:
         most_moves  how many may be moved
         """
         size = _aligned(nbytes)
-        counts = range(self._fewest_evictions(size, evictable), len(evictable) + 1)
+        fewest = self._fewest_evictions(size, evictable)
+        if fewest is None:
+            return None
+        counts = range(fewest, len(evictable) + 1)
 
         def find(count: int) -> _Window | None:
             return self._window(size, evictable[:count], fixed, most_moves)
 
-        window = find(counts[0]) if counts else None
+        window = find(fewest)
         if window is not None:
-            return self._take(key, size, window, evictable[: counts[0]])
+            return self._take(key, size, window, evictable[:fewest])
         at = bisect_left(counts, True, lo=1, key=lambda count: find(count) is not None)
         window = find(counts[at]) if at < len(counts) else None
         return None if window is None else self._take(key, size, window, evictable[: counts[at]])
@@ -97,9 +105,14 @@ class AdapterPool:
         self._free_slots.append(extent.slot)
         self.used_bytes -= extent.end - extent.offset
 
-    def _fewest_evictions(self, size: int, evictable: Sequence[Extent]) -> int:
-        """How many have to go in any case: for a slot, and for bytes wherever they are free."""
+    def _fewest_evictions(self, size: int, evictable: Sequence[Extent]) -> int | None:
+        """How many have to go in any case: for a slot, and for bytes wherever they are free.
+
+        None if all of them are too few.
+        """
         count = 0 if self._free_slots else 1
+        if count > len(evictable):
+            return None
         free = self.nbytes - self.used_bytes
         free += sum(one.end - one.offset for one in evictable[:count])
         for one in evictable[count:]:
@@ -107,7 +120,7 @@ class AdapterPool:
                 break
             free += one.end - one.offset
             count += 1
-        return count
+        return count if free >= size else None
 
     def _window(
         self,

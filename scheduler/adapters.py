@@ -32,7 +32,8 @@ one, which is then not evicted, but may be moved; and retire one:
 
 Copies arrive one after the other. Sequences may start with an adapter whose copy is the next to
 arrive, since a step waits for it layer by layer; but not behind MAX_BYTES_AHEAD of others, which
-the step would hold up all its rows for.
+the step would hold up all its rows for. No more than MAX_BYTES_ARRIVING are on their way: who gets
+room after that is decided when it is time, and until then others keep theirs.
 """
 
 import heapq
@@ -60,6 +61,7 @@ from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
+MAX_BYTES_ARRIVING = 512 << 20  # about 10 ms; nobody is evicted for what would be copied later
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 MAX_TRIES = 8  # adapters that room is looked for in, at a time
 ADMINISTRATORS = "administrators"  # a tenant that no digest is
@@ -97,6 +99,7 @@ class Adapters:
         self._pool = AdapterPool(nbytes=0, slots=0)  # until the worker is ready
         self._adapter_of: dict[AdapterKey, Adapter] = {}
         self._resident: dict[AdapterKey, Adapter] = {}  # those of them that have an extent
+        self._unpinned: dict[AdapterKey, Adapter] = {}  # those of these that are not pinned
         self._outdated: list[Adapter] = []  # that sequences have started with
         self._outdated_before = 0  # how many there ever were
         self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
@@ -307,7 +310,7 @@ class Adapters:
         if not adapter.running:
             self.running_bytes += adapter.nbytes
         adapter.running += 1
-        adapter.pins += 1
+        self._hold(adapter)
         adapter.used = True
 
     def unpin(self, extent: Extent) -> None:
@@ -392,13 +395,15 @@ class Adapters:
         """
         placements: list[PlaceAdapter] = []
         failed: Failed = []
-        while self._room_may_be_found and self._without_room:
+        while self._room_may_be_found and self._without_room and self._may_copy():
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
+                if not self._may_copy():
+                    break
                 if not self._can_have_room(adapter):
                     failed += self._refuse(adapter)
-                elif (message := self._find_room(adapter, now, failed)) is not None:
+                elif (message := self._find_room(adapter, now, overdue, failed)) is not None:
                     placements.append(message)
                 elif not adapter.is_waited_for:
                     self._give_up(adapter)
@@ -423,6 +428,9 @@ class Adapters:
             self._let_go(one)
         self._admit()
 
+    def _may_copy(self) -> bool:
+        return sum(one.adapter.nbytes for one in self._arriving) < MAX_BYTES_ARRIVING
+
     def _admit(self) -> None:
         """Let those start whose adapter has arrived, or is about to."""
         ahead = 0
@@ -436,9 +444,16 @@ class Adapters:
                     if not one.in_doubt:
                         self._policy.admit(one.key)
 
+    def _hold(self, adapter: Adapter) -> None:
+        adapter.pins += 1
+        self._unpinned.pop(adapter.key, None)
+
     def _let_go(self, adapter: Adapter) -> None:
         adapter.pins -= 1
-        self._room_may_be_found |= adapter.pins == 0
+        if adapter.pins:
+            return
+        self._unpinned[adapter.key] = adapter
+        self._room_may_be_found = True
         self._drop_if_done(adapter)
         if adapter.retiring:
             self._retire_further(adapter)
@@ -448,9 +463,11 @@ class Adapters:
         adapter.admits = False
         self._policy.shut(adapter.key)
 
-    def _find_room(self, adapter: Adapter, now: float, failed: Failed) -> PlaceAdapter | None:
+    def _find_room(
+        self, adapter: Adapter, now: float, overdue: AdapterKey | None, failed: Failed
+    ) -> PlaceAdapter | None:
         """Sequences that cannot go on without what is evicted for it are added to `failed`."""
-        place = self._make_place(adapter, now)
+        place = self._make_place(adapter, now, anybody=overdue == adapter.key)
         if place is None:
             return None
         adapter.extent = place.extent
@@ -464,24 +481,25 @@ class Adapters:
             if one.pins == 0:
                 self._shut(one)  # it is moved behind the copies that are on their way
         for one in (adapter, *moved):
-            one.pins += 1
+            self._hold(one)
         self._arriving.append(_Placing(adapter, moved))
         for extent in place.evicted:
             failed += self._evicted(self._adapter_of[extent.key], now)
         return message
 
-    def _make_place(self, adapter: Adapter, now: float) -> Place | None:
-        others = self._resident.values()
-        overdue = self._policy.overdue(now) == adapter.key
+    def _make_place(self, adapter: Adapter, now: float, *, anybody: bool) -> Place | None:
+        """anybody: evict whoever is not pinned"""
         candidates = [
             one
-            for one in others
-            if not one.pins and not one.kept and (overdue or self._makes_room(one, adapter, now))
+            for one in self._unpinned.values()
+            if not one.kept and (anybody or self._makes_room(one, adapter, now))
         ]
         candidates.sort(key=Adapter.worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
-        pinned = {other.extent for other in others if other.pins and other.extent is not None}
         nbytes = adapter.nbytes
+        if not self._pool.may_place(nbytes, evictable):
+            return None
+        pinned = {one.extent for one in self._resident.values() if one.pins and one.extent}
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
             place = self._pool.place(adapter.key, nbytes, evictable, fixed=())
@@ -535,6 +553,7 @@ class Adapters:
         adapter.staged = None
         adapter.in_doubt = False  # it is loaded again before anybody starts with it
         del self._resident[adapter.key]
+        del self._unpinned[adapter.key]
         self._shut(adapter)
 
     def _bring(self, adapter: Adapter, now: float) -> None:
@@ -697,6 +716,8 @@ class Adapters:
         if adapter.extent is not None:
             adapter.extent.key = adapter.key
             self._resident[adapter.key] = self._resident.pop(key)
+            if not adapter.pins:
+                self._unpinned[adapter.key] = self._unpinned.pop(key)
         else:
             self._policy.block(adapter.key)
         if adapter.admits:

@@ -15,6 +15,7 @@ except without an adapter, which takes nothing that it lacks.
 import math
 from bisect import insort
 from collections.abc import Iterable
+from itertools import takewhile
 
 from pipeline.messages import AdapterKey
 from scheduler.policy import Turn, by_order, discard
@@ -33,6 +34,7 @@ class Tenant:
         "few_queues",
         "name",
         "open",
+        "passed",
         "queues",
         "ready",
         "running",
@@ -47,6 +49,7 @@ class Tenant:
         self.queues: dict[AdapterKey | None, Queue] = {}
         self.ready: dict[Queue, None] = {}  # with somebody who can start
         self.blocked: dict[Queue, None] = {}  # with somebody who lacks room, and not passed yet
+        self.passed: dict[Queue, None] = {}  # the same, in the order of passed_at
         self.few_queues = FEW_COUNTERS
         self.running = 0  # sequences that have started, a preempted one as well
         self.open = 0  # sequences that have not ended
@@ -98,7 +101,7 @@ class FairShare:
         self._admitted: set[AdapterKey] = set()
         self._blocked: set[AdapterKey] = set()
         self._unpassed: dict[Tenant, None] = {}  # with blocked queues that nobody has passed
-        self._passed: dict[Queue, None] = {}  # in the order of passed_at
+        self._passed: dict[Tenant, None] = {}  # with blocked queues that have been passed
         self._last = Tenant("", 0.0)  # to wait
         self._few_tenants = FEW_COUNTERS
 
@@ -211,20 +214,29 @@ class FairShare:
         return None if barrier is None else barrier.key
 
     def turn(self, key: AdapterKey) -> Turn:
-        return min(queue.turn() for queue in self._queues_of[key])
+        queues = self._queues_of[key]
+        if len(queues) == 1:  # nearly always, and this runs for each adapter that lacks room
+            return next(iter(queues)).turn()
+        return min(queue.turn() for queue in queues)
 
     def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
         return self.turn(other) < self.turn(key)
 
     def _barrier(self, now: float) -> Queue | None:
         """The first in turn of the queues that have been passed for long enough."""
-        best: Queue | None = None
-        for queue in self._passed:
-            if now - queue.passed_at < self._max_overtaking_seconds:
-                break
-            if self._may_run(queue.tenant) and (best is None or queue.turn() < best.turn()):
-                best = queue
-        return best
+        tenants = [
+            tenant
+            for tenant in self._passed
+            if self._is_overdue(next(iter(tenant.passed)), now) and self._may_run(tenant)
+        ]
+        if not tenants:
+            return None
+        passed = min(tenants, key=_tenant_turn).passed
+        overdue = takewhile(lambda queue: self._is_overdue(queue, now), passed)
+        return min(overdue, key=_queue_turn)
+
+    def _is_overdue(self, queue: Queue, now: float) -> bool:
+        return now - queue.passed_at >= self._max_overtaking_seconds
 
     def _note_passed(self, queue: Queue, now: float) -> None:
         """The first of this queue starts, before all blocked queues whose turn comes first."""
@@ -238,7 +250,8 @@ class FairShare:
                 if tenant is not queue.tenant or _queue_turn(blocked) < _queue_turn(queue):
                     del tenant.blocked[blocked]
                     blocked.passed_at = now
-                    self._passed[blocked] = None
+                    tenant.passed[blocked] = None
+                    self._passed[tenant] = None
             if not tenant.blocked:
                 del self._unpassed[tenant]
 
@@ -320,7 +333,9 @@ class FairShare:
     def _set_unblocked(self, queue: Queue) -> None:
         tenant = queue.tenant
         queue.passed_at = math.inf
-        self._passed.pop(queue, None)
+        tenant.passed.pop(queue, None)
+        if not tenant.passed:
+            self._passed.pop(tenant, None)
         tenant.blocked.pop(queue, None)
         if not tenant.blocked:
             self._unpassed.pop(tenant, None)

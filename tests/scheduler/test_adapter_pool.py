@@ -161,3 +161,20 @@ def test_extents_never_overlap_and_only_what_may_be_evicted_is(
     place = pool.place(adapter("all"), units * UNIT, list(resident.values()))
     assert place is not None
     assert pool.used_bytes == units * UNIT
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), max_size=8),
+    slots=st.integers(1, 8),
+    size=st.integers(1, 12),
+    data=st.data(),
+)
+def test_a_place_may_be_had_exactly_if_one_is_found_once_all_others_may_move(
+    sizes: list[int], slots: int, size: int, data: st.DataObject
+) -> None:
+    pool = AdapterPool(nbytes=12 * UNIT, slots=slots)
+    placed = fill(pool, *sizes)
+    evictable = data.draw(st.permutations(placed))[: data.draw(st.integers(0, len(placed)))]
+    may_place = pool.may_place(size * UNIT, evictable)
+    place = pool.place(adapter("new"), size * UNIT, evictable, fixed=())
+    assert may_place == (place is not None)

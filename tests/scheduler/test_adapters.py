@@ -1,7 +1,7 @@
 """Adapters: loaded once, passed by others, placed, pinned, evicted; leases always come back."""
 
 from pipeline.messages import AdapterKey, FailureKind, FinishReason, LoadAdapter, ReleaseAdapter
-from scheduler.adapters import MAX_BYTES_AHEAD, MAX_LOADS
+from scheduler.adapters import MAX_BYTES_AHEAD, MAX_BYTES_ARRIVING, MAX_LOADS
 from tests.scheduler.fake_loader import NOT_FOUND
 from tests.scheduler.fake_worker import BASE, reply
 from tests.scheduler.world import SETTINGS, World, key
@@ -94,6 +94,20 @@ def test_a_step_is_not_held_up_by_the_copies_ahead_of_that_of_its_adapter() -> N
     while world.worker.steps:
         world.step()
     assert all(len(tokens) == 4 for tokens in world.tokens.values())
+
+
+def test_no_more_adapters_get_room_than_are_copied_soon() -> None:
+    nbytes = MAX_BYTES_ARRIVING // 2
+    world = World(pool_bytes=8 * nbytes)
+    for number in range(4):
+        world.submit(adapter=f"adapter {number}")
+    while world.loader.loads:
+        world.stage(nbytes=nbytes)
+    assert len(world.worker.placing) == 2
+    world.arrive()
+    assert len(world.worker.placing) == 2
+    world.run()
+    assert len(world.worker.placements) == 4
 
 
 def test_the_lease_goes_back_when_the_copy_is_done() -> None:

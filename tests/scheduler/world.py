@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from benchmarks.simulation.watched import Watched
 from pipeline.config import Settings
 from pipeline.messages import (
     AdapterDescription,
@@ -34,7 +35,6 @@ from scheduler.core import Envelope, Scheduler
 from scheduler.fair_share import FairShare
 from tests.scheduler.fake_loader import NOT_FOUND, FakeLoader
 from tests.scheduler.fake_worker import EOS, FakeWorker
-from tests.scheduler.watched import Watched
 
 SETTINGS = Settings(rows=4, step_tokens=16, max_wait_seconds=1000.0, adapter_load_seconds=100.0)
 

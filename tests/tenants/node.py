@@ -12,6 +12,7 @@ from frontend.adapters import AdapterNames, UsedAdapters
 from frontend.calls import Call
 from frontend.exchange import HttpReply
 from frontend.lorax import Lorax
+from pipeline.adapter_layout import pack_ranks
 from pipeline.arena import ALIGNMENT
 from pipeline.config import SOURCES
 from pipeline.errors import RequestError
@@ -70,7 +71,7 @@ class RealLoader:
             self._core.unchanged(fetch.key)
         else:
             self._fetched[fetch.key] = read[1]
-            self._core.fetched(fetch.key, (read[0],), ALIGNMENT, b"ranks")
+            self._core.fetched(fetch.key, (read[0],), ALIGNMENT, pack_ranks([8]))
         self._act()
 
     def answer(self, world: World) -> None:

@@ -1,23 +1,20 @@
 """A policy that notes for how long the adapters that wait for room are passed."""
 
-from collections.abc import Iterable
-
+from benchmarks.simulation.wrapped import Wrapped
 from pipeline.messages import AdapterKey
 from scheduler.policy import Policy, Turn
 from scheduler.sequence import Sequence
 
 
-class Watched(Policy):
-    """Does what another does.
-
-    For adapters that one tenant each uses: another tenant's queue has a turn of its own.
+class Watched(Wrapped):
+    """For adapters that one tenant each uses: another tenant's queue has a turn of its own.
 
     longest  seconds from when somebody with an adapter was first started out of turn before one
              that is waited for and lacks nothing but room, to when that happened last
     """
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        super().__init__(policy)
         self._blocked: dict[AdapterKey, float | None] = {}  # when it was first passed
         self._waiting: dict[AdapterKey, int] = {}
         self._waits: set[Sequence] = set()
@@ -26,26 +23,26 @@ class Watched(Policy):
     def start(self, sequence: Sequence, tokens: int, now: float) -> None:
         key = sequence.adapter
         if key is not None and sequence.started is None:
-            self._note_passed(self._policy.turn(key), now)
-        self._policy.start(sequence, tokens, now)
+            self._note_passed(self.policy.turn(key), now)
+        self.policy.start(sequence, tokens, now)
         self._left(sequence)
 
     def _note_passed(self, turn: Turn, now: float) -> None:
         for blocked, since in self._blocked.items():
-            if not self._waiting.get(blocked) or turn <= self._policy.turn(blocked):
+            if not self._waiting.get(blocked) or turn <= self.policy.turn(blocked):
                 continue
             if since is None:
                 self._blocked[blocked] = since = now
             self.longest = max(self.longest, now - since)
 
     def join(self, sequence: Sequence) -> None:
-        self._policy.join(sequence)
+        self.policy.join(sequence)
         if sequence.adapter is not None:
             self._waits.add(sequence)
             self._waiting[sequence.adapter] = self._waiting.get(sequence.adapter, 0) + 1
 
     def leave(self, sequence: Sequence) -> None:
-        self._policy.leave(sequence)
+        self.policy.leave(sequence)
         self._left(sequence)
 
     def _left(self, sequence: Sequence) -> None:
@@ -58,33 +55,9 @@ class Watched(Policy):
             self._blocked[key] = None
 
     def block(self, key: AdapterKey) -> None:
-        self._policy.block(key)
+        self.policy.block(key)
         self._blocked[key] = None
 
     def unblock(self, key: AdapterKey) -> None:
-        self._policy.unblock(key)
+        self.policy.unblock(key)
         self._blocked.pop(key, None)
-
-    def end(self, sequence: Sequence) -> None:
-        self._policy.end(sequence)
-
-    def produced(self, sequences: Iterable[Sequence]) -> None:
-        self._policy.produced(sequences)
-
-    def admit(self, key: AdapterKey) -> None:
-        self._policy.admit(key)
-
-    def shut(self, key: AdapterKey) -> None:
-        self._policy.shut(key)
-
-    def first(self, now: float) -> Sequence | None:
-        return self._policy.first(now)
-
-    def overdue(self, now: float) -> AdapterKey | None:
-        return self._policy.overdue(now)
-
-    def turn(self, key: AdapterKey) -> Turn:
-        return self._policy.turn(key)
-
-    def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
-        return self._policy.yields(key, other, now)
