@@ -4,9 +4,6 @@
        |                       |                    |                                     or absent
        +-----------------------+----- failed, too large, or waited for by nobody without room ->
 
-The loader is asked in the order of the policy's turns, for so many of each tenant at a time: who
-wants thousands at once must not fill the arena, nor stand before all others in the loader's queue.
-
 An adapter is pinned by the sequences that run with it, by those whose last rows are still in
 flight, and by its own copy. Room is given in the order of the policy's turns, ahead of a row. One
 that is not pinned can be evicted if nobody waits for it; or for somebody whose turn comes first,
@@ -36,10 +33,9 @@ the step would hold up all its rows for. No more than MAX_BYTES_ARRIVING are on 
 room after that is decided when it is time, and until then others keep theirs.
 """
 
-import heapq
 from bisect import insort
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pipeline.messages import (
@@ -57,12 +53,12 @@ from pipeline.messages import (
 from scheduler import failures
 from scheduler.adapter import Adapter, Want
 from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
+from scheduler.loads import Loads, first_in_turn
 from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
 MAX_BYTES_AHEAD = 32 << 20  # about 0.6 ms from host memory
 MAX_BYTES_ARRIVING = 512 << 20  # about 10 ms; nobody is evicted for what would be copied later
-MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 MAX_TRIES = 8  # adapters that room is looked for in, at a time
 ADMINISTRATORS = "administrators"  # a tenant that no digest is
 MAX_MOVES = 32  # for one adapter, unless it has no room otherwise: each is a few launches
@@ -94,7 +90,6 @@ class Adapters:
     ) -> None:
         self._policy = policy
         self._send = send
-        self._load_seconds = load_seconds
         self._revalidate_seconds = revalidate_seconds
         self._pool = AdapterPool(nbytes=0, slots=0)  # until the worker is ready
         self._adapter_of: dict[AdapterKey, Adapter] = {}
@@ -102,10 +97,7 @@ class Adapters:
         self._unpinned: dict[AdapterKey, Adapter] = {}  # those of these that are not pinned
         self._outdated: list[Adapter] = []  # that sequences have started with
         self._outdated_before = 0  # how many there ever were
-        self._wanted: dict[str, dict[AdapterKey, Adapter]] = {}  # not asked for yet, by tenant
-        self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
-        self._may_ask: set[str] = set()  # tenants that have fewer loads than before
-        self._load_deadline_of: dict[AdapterKey, float] = {}  # soonest first
+        self._loads = Loads(policy=policy, send=send, load_seconds=load_seconds)
         self._without_room: list[Adapter] = []  # staged, not resident
         self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
@@ -172,9 +164,9 @@ class Adapters:
             self._doubt_if_old(adapter, now)
         insort(adapter.waiting, sequence, key=by_order)
         if adapter.staged is None and adapter.asked_by is None:
-            self._want(adapter, sequence.tenant, now)
-        elif adapter.loading and key not in self._load_deadline_of:
-            self._load_deadline_of[key] = now + self._load_seconds  # the answer is overdue already
+            self._loads.want(adapter, sequence.tenant, now)
+        elif adapter.loading:
+            self._loads.expect(adapter, now)
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence does not wait any more; nothing happens if it did not."""
@@ -189,7 +181,9 @@ class Adapters:
         elif adapter.retiring:
             return
         elif adapter.staged is None and adapter.asked_by is None:
-            self._want_less(adapter, sequence.tenant)
+            self._loads.want_less(adapter, sequence.tenant)
+            if not adapter.is_waited_for:
+                self._forget(adapter)
         elif adapter.staged is not None and not adapter.is_waited_for:
             self._give_up(adapter)
 
@@ -200,9 +194,9 @@ class Adapters:
             self._touch(adapter)
             if not adapter.retiring:
                 self._revalidate(adapter, message.adapter_token, now)
-        elif self._loads[message.tenant] < MAX_LOADS:
+        elif self._loads.may_ask(message.tenant):
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
-            self._load(adapter, message.tenant, message.adapter_token, now)
+            self._loads.load(adapter, message.tenant, message.adapter_token, now)
 
     # --- what administrators want ---
 
@@ -327,11 +321,11 @@ class Adapters:
         """The adapter lies in the arena; from now on its lease is ours. Returns whether that is
         news, and not the answer to a question about what was there."""
         adapter = self._adapter_of[message.adapter]
-        self._answered(adapter)
+        self._loads.answered(adapter)
         adapter.confirmed_at = adapter.asked_at
         if adapter.retiring:
             self._send(ReleaseAdapter(message.adapter, message.arena_offset))
-            self._load_is_over(adapter)
+            self._loads.over(adapter)
             self._retire_further(adapter)
             return True
         if adapter.staged is not None:
@@ -349,9 +343,9 @@ class Adapters:
     def failed(self, key: AdapterKey, failure: Failure, now: float) -> list[Sequence]:
         """The adapter cannot be had, or not any more. Returns those that fail with it."""
         adapter = self._adapter_of[key]
-        self._answered(adapter)
+        self._loads.answered(adapter)
         if adapter.staged is None:
-            self._load_is_over(adapter)
+            self._loads.over(adapter)
             adapter.fail_wants(failure)
             waiting = list(adapter.waiting)
             if adapter.retiring:
@@ -373,16 +367,12 @@ class Adapters:
     def overdue(self, now: float) -> list[Sequence]:
         """Those that wait for a load that should have been answered. A later answer is used."""
         sequences: list[Sequence] = []
-        while self._load_deadline_of:
-            key, deadline = next(iter(self._load_deadline_of.items()))
-            if deadline > now:
-                break
-            del self._load_deadline_of[key]
+        for key in self._loads.overdue(now):
             sequences += self._unconfirmed(self._adapter_of[key], now)
         return sequences
 
     def next_deadline(self) -> float | None:
-        return next(iter(self._load_deadline_of.values()), None)
+        return self._loads.next_deadline()
 
     # --- who has room in the pool ---
 
@@ -410,7 +400,7 @@ class Adapters:
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
         self._admit()
-        self._ask(now)
+        self._loads.ask(now)
         return placements, failed
 
     def _can_have_room(self, adapter: Adapter) -> bool:
@@ -515,18 +505,14 @@ class Adapters:
 
     def _in_turn(self) -> list[Adapter]:
         """The first of those without room; those that nobody waits for come last."""
-        first = self._first_in_turn(MAX_TRIES, self._without_room)
+        first = first_in_turn(MAX_TRIES, self._without_room, self._policy)
         return first + [adapter for adapter in self._without_room if not adapter.waiting]
-
-    def _first_in_turn(self, most: int, adapters: Iterable[Adapter]) -> list[Adapter]:
-        waited_for = [adapter for adapter in adapters if adapter.waiting]
-        return heapq.nsmallest(most, waited_for, key=lambda one: self._policy.turn(one.key))
 
     def _needs_no_room(self, adapter: Adapter) -> None:
         """It has got room, or is given up."""
         self._without_room.remove(adapter)
         self._policy.unblock(adapter.key)
-        self._load_is_over(adapter)
+        self._loads.over(adapter)
 
     def _move(self, move: Move) -> AdapterMove:
         extent = move.extent
@@ -562,9 +548,9 @@ class Adapters:
             self._forget(adapter)
             return
         if adapter.wants and adapter.asked_by is None and not adapter.retiring:
-            self._load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
+            self._loads.load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
-            self._want(adapter, tenant, now)
+            self._loads.want(adapter, tenant, now)
 
     def _refuse(self, adapter: Adapter) -> Failed:
         waiting = list(adapter.waiting)
@@ -595,75 +581,13 @@ class Adapters:
         if latest is not None and latest.retiring:
             self._retire_further(latest)
 
-    # --- who is asked for ---
-
-    def _want(self, adapter: Adapter, tenant: str, now: float) -> None:
-        """Ask for it as soon as this tenant may have one more load."""
-        if adapter.asked_by is not None or adapter.retiring:
-            return
-        if self._loads[tenant] >= MAX_LOADS:
-            self._wanted.setdefault(tenant, {})[adapter.key] = adapter
-            return
-        token = next(one.adapter_token for one in adapter.waiting if one.tenant == tenant)
-        self._load(adapter, tenant, token, now)
-
-    def _want_less(self, adapter: Adapter, tenant: str) -> None:
-        """One of this tenant does not wait any more for what has not been asked for."""
-        if all(sequence.tenant != tenant for sequence in adapter.waiting):
-            self._not_wanted(adapter, tenant)
-        if not adapter.is_waited_for:
-            self._forget(adapter)
-
-    def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
-        wanted = self._wanted.get(tenant, {})
-        if wanted.pop(adapter.key, None) is not None and not wanted:
-            del self._wanted[tenant]
-
-    def _ask(self, now: float) -> None:
-        """For the next in turn of the tenants that may have more loads."""
-        tenants, self._may_ask = self._may_ask, set()
-        for tenant in tenants:
-            free = MAX_LOADS - self._loads[tenant]
-            for adapter in self._first_in_turn(free, self._wanted.get(tenant, {}).values()):
-                self._want(adapter, tenant, now)
-
-    def _load(self, adapter: Adapter, tenant: str, token: str | None, now: float) -> None:
-        for other in {tenant, *(sequence.tenant for sequence in adapter.waiting)}:
-            self._not_wanted(adapter, other)
-        adapter.asked_by = tenant
-        self._loads[tenant] += 1
-        if not adapter.loading:  # else it was evicted while it was asked about
-            self._question(adapter, token, now)
-
-    def _question(self, adapter: Adapter, token: str | None, now: float) -> None:
-        adapter.loading = True
-        adapter.asked_at = now
-        self._load_deadline_of[adapter.key] = now + self._load_seconds
-        self._send(LoadAdapter(adapter.key, token))
-
-    def _answered(self, adapter: Adapter) -> None:
-        adapter.loading = False
-        self._load_deadline_of.pop(adapter.key, None)
-        for tenant in {sequence.tenant for sequence in adapter.waiting}:
-            self._not_wanted(adapter, tenant)
-
-    def _load_is_over(self, adapter: Adapter) -> None:
-        """It has room, or cannot have any, or cannot be had."""
-        if adapter.asked_by is None:
-            return  # it has come in answer to a question about what was there before
-        tenant, adapter.asked_by = adapter.asked_by, None
-        self._loads[tenant] -= 1
-        if not self._loads[tenant]:
-            del self._loads[tenant]
-        self._may_ask.add(tenant)
-
     # --- whether it is still to be had, and still the same ---
 
     def _revalidate(self, adapter: Adapter, token: str | None, now: float) -> None:
         """Ask about what is there, if it is time."""
         old = 2 * (now - adapter.confirmed_at) >= self._revalidate_seconds
         if old and adapter.staged is not None and not adapter.loading:
-            self._question(adapter, token, now)
+            self._loads.question(adapter, token, now)
 
     def _doubt_if_old(self, adapter: Adapter, now: float) -> None:
         """Somebody joins: it is too late to start without the answer."""

@@ -50,6 +50,7 @@ PURE = (
     "scheduler/adapter_pool.py",
     "scheduler/policy.py",
     "scheduler/fair_share.py",
+    "scheduler/loads.py",
     "scheduler/step_cost.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",

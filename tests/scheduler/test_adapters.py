@@ -1,7 +1,8 @@
 """Adapters: loaded once, passed by others, placed, pinned, evicted; leases always come back."""
 
 from pipeline.messages import AdapterKey, FailureKind, FinishReason, LoadAdapter, ReleaseAdapter
-from scheduler.adapters import MAX_BYTES_AHEAD, MAX_BYTES_ARRIVING, MAX_LOADS
+from scheduler.adapters import MAX_BYTES_AHEAD, MAX_BYTES_ARRIVING
+from scheduler.loads import MAX_LOADS
 from tests.scheduler.fake_loader import NOT_FOUND
 from tests.scheduler.fake_worker import BASE, reply
 from tests.scheduler.world import SETTINGS, World, key
