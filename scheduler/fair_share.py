@@ -23,6 +23,7 @@ from scheduler.sequence import Sequence
 
 INPUT_COST = 1.0  # per prompt token that is computed
 OUTPUT_COST = 2.0  # per produced token; both as in the paper
+AFFINITY_TOKENS = 4096.0  # that a queue whose adapter is in the batch may be ahead of another
 FEW_COUNTERS = 1024  # as many are kept without a look at which of them are idle
 
 
@@ -58,7 +59,7 @@ class Tenant:
 class Queue:
     """The requests of one tenant for one adapter, or for none."""
 
-    __slots__ = ("key", "open", "passed_at", "served", "tenant", "waiting")
+    __slots__ = ("key", "open", "passed_at", "running", "served", "tenant", "waiting")
 
     def __init__(self, tenant: Tenant, key: AdapterKey | None, served: float) -> None:
         self.tenant = tenant
@@ -66,11 +67,12 @@ class Queue:
         self.served = served
         self.waiting: list[Sequence] = []  # in order
         self.open = 0
+        self.running = 0  # as of the tenant
         self.passed_at = math.inf  # when it was first passed, since it is blocked
 
     def turn(self) -> Turn:
         tenant = self.tenant
-        return (tenant.served, tenant.since, self.served, self.waiting[0].order)
+        return (tenant.served, tenant.since, *_queue_turn(self))
 
 
 def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
@@ -78,7 +80,8 @@ def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
 
 
 def _queue_turn(queue: Queue) -> tuple[float, int]:
-    return (queue.served, queue.waiting[0].order)
+    affinity = AFFINITY_TOKENS if queue.running else 0.0
+    return (queue.served - affinity, queue.waiting[0].order)
 
 
 class FairShare:
@@ -156,6 +159,7 @@ class FairShare:
         queue = self._share_of[sequence]
         queue.served += INPUT_COST * tokens
         queue.tenant.served += INPUT_COST * tokens
+        queue.running += 1
         queue.tenant.running += 1
 
     def end(self, sequence: Sequence) -> None:
@@ -164,7 +168,9 @@ class FairShare:
             return
         queue.open -= 1
         queue.tenant.open -= 1
-        queue.tenant.running -= sequence.started is not None
+        if sequence.started is not None:
+            queue.running -= 1
+            queue.tenant.running -= 1
 
     def produced(self, sequences: Iterable[Sequence]) -> None:
         share_of = self._share_of

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.messages import FailureKind, FinishReason
-from scheduler.fair_share import FEW_COUNTERS, INPUT_COST, OUTPUT_COST
+from scheduler.fair_share import AFFINITY_TOKENS, FEW_COUNTERS, INPUT_COST, OUTPUT_COST
 from tests.scheduler.world import World
 
 STEP_TOKENS = 16
@@ -54,6 +54,19 @@ def test_the_adapters_of_a_tenant_share_what_it_gets() -> None:
         world.stage()
     order = start_order(world, lambda request_id: adapter_of[request_id])
     assert Counter(order[:6]) == {"a": 2, "b": 2, "base": 2}
+
+
+def test_a_queue_whose_adapter_runs_goes_first_but_only_so_far_ahead() -> None:
+    world = fair_world(rows=2, kv_blocks=4096, step_tokens=4096)
+    name_of = {}
+    for adapter in ("a",) * 12 + ("b",):
+        reply = int(AFFINITY_TOKENS / OUTPUT_COST / 4)
+        name_of[world.submit([1], max_tokens=reply, adapter=adapter)] = adapter
+    world.stage(1)
+    world.stage(0)
+    world.run()
+    order = [name_of[request_id] for request_id in world.finished]
+    assert 4 <= order.index("b") <= 8
 
 
 def test_a_tenant_has_no_more_with_many_adapters_than_another_with_one() -> None:
