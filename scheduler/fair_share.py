@@ -7,6 +7,9 @@ and of its queues the one that was served least, first come first served. One th
 waiting is lifted to the least of those that are, so that idle time gives no credit. Who was
 preempted goes before everybody, and is not charged for that.
 
+Of a tenant's queues, one whose adapter runs may be ahead of the others by AFFINITY_TOKENS, as long
+as nobody is overdue: each distinct adapter more in a step costs time that everybody pays.
+
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
 except without an adapter, which takes nothing that it lacks.
@@ -80,6 +83,10 @@ def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
 
 
 def _queue_turn(queue: Queue) -> tuple[float, int]:
+    return (queue.served, queue.waiting[0].order)
+
+
+def _affine_turn(queue: Queue) -> tuple[float, int]:
     affinity = AFFINITY_TOKENS if queue.running else 0.0
     return (queue.served - affinity, queue.waiting[0].order)
 
@@ -208,8 +215,9 @@ class FairShare:
         tenants = [tenant for tenant in self._ready if self._may_run(tenant)]
         if not tenants:
             return None
-        queue = min(min(tenants, key=_tenant_turn).ready, key=_queue_turn)
         barrier = self._barrier(now)
+        turn = _affine_turn if barrier is None else _queue_turn
+        queue = min(min(tenants, key=_tenant_turn).ready, key=turn)
         if barrier is None or queue.key is None or queue.turn() < barrier.turn():
             return queue.waiting[0]
         plain = [one for tenant in tenants for one in tenant.ready if one.key is None]

@@ -62,9 +62,13 @@ def test_a_queue_whose_adapter_runs_goes_first_but_only_so_far_ahead() -> None:
     for adapter in ("a",) * 12 + ("b",):
         reply = int(AFFINITY_TOKENS / OUTPUT_COST / 4)
         name_of[world.submit([1], max_tokens=reply, adapter=adapter)] = adapter
-    world.stage(1)
-    world.stage(0)
-    world.run()
+    while world.loader.loads:
+        world.stage()
+    while not world.core.idle:
+        if world.worker.placing:
+            world.arrive()
+        else:
+            world.step()
     order = [name_of[request_id] for request_id in world.finished]
     assert 4 <= order.index("b") <= 8
 
