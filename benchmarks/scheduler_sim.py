@@ -8,7 +8,6 @@ file, which keeps the rows of earlier runs; `python -m benchmarks.simulation.plo
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,12 @@ def main() -> None:
         for policy in given.policy or POLICIES:
             run = Run(POLICIES[policy](), asked)
             run.run()
-            row = {"scenario": scenario.name, "policy": policy, **run.figures(scenario.suspects)}
+            row = {
+                "scenario": scenario.name,
+                "policy": policy,
+                "commit": commit(),
+                **run.figures(scenario.suspects),
+            }
             print(json.dumps(row, indent=1), flush=True)
             if given.json is not None:
                 _write(given.json, row)
@@ -63,9 +67,7 @@ def _write(path: Path, row: dict[str, Any]) -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     mine = (row["scenario"], row["policy"])
     rows = [one for one in rows if (one["scenario"], one["policy"]) != mine] + [row]
-    command = " ".join(["python -m benchmarks.scheduler_sim", *sys.argv[1:]])
-    head = {"machine": machine(), "commit": commit(), "command": command}
-    path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

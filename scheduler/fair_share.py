@@ -7,6 +7,9 @@ and of its queues the one that was served least, first come first served. One th
 waiting is lifted to the least of those that are, so that idle time gives no credit. Who was
 preempted goes before everybody, and is not charged for that.
 
+Of a tenant's queues, one whose adapter runs may be ahead of the others by AFFINITY_TOKENS, as long
+as nobody is overdue: each distinct adapter more in a step costs time that everybody pays.
+
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
 except without an adapter, which takes nothing that it lacks.
@@ -23,6 +26,7 @@ from scheduler.sequence import Sequence
 
 INPUT_COST = 1.0  # per prompt token that is computed
 OUTPUT_COST = 2.0  # per produced token; both as in the paper
+AFFINITY_TOKENS = 4096.0  # that a queue whose adapter is in the batch may be ahead of another
 FEW_COUNTERS = 1024  # as many are kept without a look at which of them are idle
 
 
@@ -58,7 +62,7 @@ class Tenant:
 class Queue:
     """The requests of one tenant for one adapter, or for none."""
 
-    __slots__ = ("key", "open", "passed_at", "served", "tenant", "waiting")
+    __slots__ = ("key", "open", "passed_at", "running", "served", "tenant", "waiting")
 
     def __init__(self, tenant: Tenant, key: AdapterKey | None, served: float) -> None:
         self.tenant = tenant
@@ -66,11 +70,12 @@ class Queue:
         self.served = served
         self.waiting: list[Sequence] = []  # in order
         self.open = 0
+        self.running = 0  # as of the tenant
         self.passed_at = math.inf  # when it was first passed, since it is blocked
 
     def turn(self) -> Turn:
         tenant = self.tenant
-        return (tenant.served, tenant.since, self.served, self.waiting[0].order)
+        return (tenant.served, tenant.since, *_queue_turn(self))
 
 
 def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
@@ -79,6 +84,11 @@ def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
 
 def _queue_turn(queue: Queue) -> tuple[float, int]:
     return (queue.served, queue.waiting[0].order)
+
+
+def _affine_turn(queue: Queue) -> tuple[float, int]:
+    affinity = AFFINITY_TOKENS if queue.running else 0.0
+    return (queue.served - affinity, queue.waiting[0].order)
 
 
 class FairShare:
@@ -156,6 +166,7 @@ class FairShare:
         queue = self._share_of[sequence]
         queue.served += INPUT_COST * tokens
         queue.tenant.served += INPUT_COST * tokens
+        queue.running += 1
         queue.tenant.running += 1
 
     def end(self, sequence: Sequence) -> None:
@@ -164,7 +175,9 @@ class FairShare:
             return
         queue.open -= 1
         queue.tenant.open -= 1
-        queue.tenant.running -= sequence.started is not None
+        if sequence.started is not None:
+            queue.running -= 1
+            queue.tenant.running -= 1
 
     def produced(self, sequences: Iterable[Sequence]) -> None:
         share_of = self._share_of
@@ -202,8 +215,9 @@ class FairShare:
         tenants = [tenant for tenant in self._ready if self._may_run(tenant)]
         if not tenants:
             return None
-        queue = min(min(tenants, key=_tenant_turn).ready, key=_queue_turn)
         barrier = self._barrier(now)
+        turn = _affine_turn if barrier is None else _queue_turn
+        queue = min(min(tenants, key=_tenant_turn).ready, key=turn)
         if barrier is None or queue.key is None or queue.turn() < barrier.turn():
             return queue.waiting[0]
         plain = [one for tenant in tenants for one in tenant.ready if one.key is None]

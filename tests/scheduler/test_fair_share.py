@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.messages import FailureKind, FinishReason
-from scheduler.fair_share import FEW_COUNTERS, INPUT_COST, OUTPUT_COST
+from scheduler.fair_share import AFFINITY_TOKENS, FEW_COUNTERS, INPUT_COST, OUTPUT_COST
 from tests.scheduler.world import World
 
 STEP_TOKENS = 16
@@ -54,6 +54,21 @@ def test_the_adapters_of_a_tenant_share_what_it_gets() -> None:
         world.stage()
     order = start_order(world, lambda request_id: adapter_of[request_id])
     assert Counter(order[:6]) == {"a": 2, "b": 2, "base": 2}
+
+
+def test_a_queue_whose_adapter_runs_goes_first_but_only_so_far_ahead() -> None:
+    world = fair_world(rows=2, kv_blocks=4096)
+    name_of = {}
+    reply = int(AFFINITY_TOKENS / OUTPUT_COST / 4)
+    for number, adapter in enumerate(("a",) * 12 + ("b",)):
+        max_tokens = reply if number else reply // 2  # so that the two rows do not end together
+        name_of[world.submit([1], max_tokens=max_tokens, adapter=adapter)] = adapter
+    while world.loader.loads:
+        world.stage()
+    while not world.core.idle:
+        world.step()
+    order = [name_of[request_id] for request_id in world.finished]
+    assert 4 <= order.index("b") <= 7
 
 
 def test_a_tenant_has_no_more_with_many_adapters_than_another_with_one() -> None:
