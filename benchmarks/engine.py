@@ -215,9 +215,10 @@ class Engine:
             self._outbox.send("scheduler", Cancel(request_id))
         self._replies.clear()
 
-    def prefetch(self, adapter: AdapterKey) -> None:
-        """Have an adapter loaded without a request for it."""
-        self._outbox.send("scheduler", Prefetch(adapter))
+    def prefetch(self, adapter: AdapterKey, tenant: str = "") -> None:
+        """Have an adapter loaded without a request for it, unless that is one too many for this
+        tenant."""
+        self._outbox.send("scheduler", Prefetch(adapter, tenant=tenant))
 
     def pid(self, process: str) -> int:
         return self._processes[process].pid

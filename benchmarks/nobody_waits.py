@@ -92,9 +92,9 @@ class Bench:
         engine = self._engine
         before = engine.metrics()
         replies = self._streams()
-        engine.prefetch(AdapterKey("http", f"{self._origin}/{number}"))
+        engine.prefetch(AdapterKey("http", f"{self._origin}/{number}"), "stalling")
         for name in names(number):
-            engine.prefetch(AdapterKey("local", name))
+            engine.prefetch(AdapterKey("local", name), tenant=name)
         return self._watch(
             replies,
             lambda _: loads(before, engine.latest_metrics())["copies"] >= LOCAL_ADAPTERS,
