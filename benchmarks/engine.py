@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +120,7 @@ class Engine:
         self._requests = 0
         self._replies: dict[int, Reply] = {}  # of requests that run
         self._families_of: dict[str, Families] = {}  # as each process reported last
+        self._reports: Counter[str] = Counter()  # of each process
         self._heard = 0.0  # when a token came last, or the first request since all had ended
         self.facts: dict[str, dict[str, Any]] = {}  # what each process says of itself
         self.start_seconds = 0.0
@@ -226,18 +228,26 @@ class Engine:
     # --- what the processes say ---
 
     def metrics(self) -> Metrics:
-        """As they stand now: the second report from now on was surely written after now."""
-        self.latest_metrics()
-        reports = dict.fromkeys(PROCESSES, 0)
+        """As they stand now."""
+        is_current = self.reporting()
 
         def take(message: ToFrontend) -> bool:
             self._note(message)
-            if isinstance(message, Stats):
-                reports[message.process] += 1
-            return min(reports.values()) >= 2
+            return is_current()
 
         self._await("metrics", take, SILENCE_SECONDS)
         return Metrics(self._families_of)
+
+    def reporting(self) -> Callable[[], bool]:
+        """Tells whether `latest_metrics` are those of now or later: the second report of a process
+        from now on was surely written after now."""
+        self.latest_metrics()
+        before = self._reports.copy()
+
+        def is_current() -> bool:
+            return all(self._reports[process] >= before[process] + 2 for process in PROCESSES)
+
+        return is_current
 
     def latest_metrics(self) -> Metrics:
         """As they were reported last, without waiting."""
@@ -249,6 +259,7 @@ class Engine:
     def _note(self, message: ToFrontend) -> None:
         if isinstance(message, Stats):
             self._families_of[message.process] = message.families
+            self._reports[message.process] += 1
 
     def _wait_until_ready(self) -> None:
         def take(message: ToFrontend) -> bool:

@@ -194,6 +194,10 @@ def steady_state(bench: Bench, shares: NDArray[np.float64]) -> dict[str, Any]:
     for _ in range(sizes.in_flight):
         submit()
     run(sizes.in_flight)
+    is_current = engine.reporting()
+    while not is_current():  # what was counted so far is not of what is measured
+        run(1)
+        engine.latest_metrics()
     before, start = engine.latest_metrics(), time.monotonic()
     run(sizes.ends)
     after, end = engine.latest_metrics(), time.monotonic()

@@ -10,6 +10,7 @@ from collections import OrderedDict
 
 import msgspec
 
+from frontend.adapters import written
 from pipeline.messages import AdapterKey
 
 OTHER = "other"
@@ -21,7 +22,7 @@ DIGEST_CHARACTERS = 16
 
 def label_of(key: AdapterKey) -> str:
     """How a metric names an adapter. What some token was needed for has no name but a digest."""
-    name = f"{key.id}@{key.revision}" if key.revision else key.id
+    name = written(key)
     if not key.scope and len(name) <= MAX_LABEL_CHARACTERS:
         return f"{key.source}:{name}"
     digest = hashlib.sha256(msgspec.msgpack.encode(key)).hexdigest()[:DIGEST_CHARACTERS]

@@ -275,9 +275,7 @@ class Adapters:
     def _retire_further(self, adapter: Adapter) -> None:
         """Evict it, or give its lease back, then have it forgotten; nothing while it is used."""
         if adapter.extent is not None and adapter.pins == 0:
-            self._pool.evict(adapter.extent)
-            self._left_the_pool(adapter)
-            self._room_may_be_found = True
+            self._take_out(adapter)
         elif adapter.extent is None and adapter.staged is not None:
             self._release(adapter)
             self._needs_no_room(adapter)
@@ -534,6 +532,13 @@ class Adapters:
         self._bring(adapter, now)
         return []
 
+    def _take_out(self, adapter: Adapter) -> None:
+        """Of the pool, for nobody in particular."""
+        assert adapter.extent is not None
+        self._pool.evict(adapter.extent)
+        self._left_the_pool(adapter)
+        self._room_may_be_found = True
+
     def _left_the_pool(self, adapter: Adapter) -> None:
         adapter.extent = None
         adapter.staged = None
@@ -659,10 +664,8 @@ class Adapters:
         if adapter.extent is None:
             self._give_up(adapter)
             return
-        self._pool.evict(adapter.extent)
-        self._left_the_pool(adapter)
+        self._take_out(adapter)
         self._forget(adapter)
-        self._room_may_be_found = True
 
     def _outdated_for(self, sequence: Sequence) -> Adapter | None:
         """What a sequence that was preempted has started with, if that is outdated and there."""
