@@ -117,7 +117,11 @@ class HttpClient:
                 connection = http.client.HTTPConnection(origin.host, origin.port)
                 limited = _LimitedSocket(sock, self._limits.stall_seconds, deadline)
                 connection.sock = cast(socket.socket, limited)
-                fixed = {"Connection": "close", "Accept-Encoding": "identity"}
+                fixed = {
+                    "Connection": "close",
+                    "Accept-Encoding": "identity",
+                    "User-Agent": "loradex",
+                }
                 connection.request(method, target, headers={**fixed, **headers})
                 response = connection.getresponse()
             yield Response(response)
@@ -216,7 +220,7 @@ def _target(url: str, location: str) -> tuple[str, Origin]:
 
 
 def _without_authorization(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name != "Authorization"}
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
 
 
 def _retry_after(value: str | None) -> float:

@@ -64,16 +64,20 @@ class S3Store:
         )
         self._downloads = downloads
 
-    def fetch(self, place: str, bucket: str, prefix: str) -> AdapterFiles:
+    def fetch(
+        self, place: str, bucket: str, prefix: str, deadline: float | None = None
+    ) -> AdapterFiles:
         """The adapter below a prefix. Raises RequestError.
 
-        place  see Downloads.folder
+        place     see Downloads.folder
+        deadline  of a fetch that has begun already
         """
 
-        def ask(name: str, deadline: float) -> RemoteFile | None:
+        def ask(name: str) -> RemoteFile | None:
             return self._describe(bucket, f"{prefix}/{name}")
 
-        return self._downloads.folder(f"{place} {bucket}/{prefix}", WHOM, ask)
+        until = self._downloads.deadline() if deadline is None else deadline
+        return self._downloads.folder(f"{place} {bucket}/{prefix}", WHOM, ask, until)
 
     def _describe(self, bucket: str, name: str) -> RemoteFile | None:
         wanted = {"Bucket": bucket, "Key": name}
@@ -92,7 +96,8 @@ class S3Store:
             raise Interrupted("the store cannot be reached") from error
         except BotoCoreError as error:
             raise invalid("its id is not the name of a bucket and a prefix") from error
-        return RemoteFile(url, head["ContentLength"], head["ETag"], sha256=_sha256(head))
+        etag = head["ETag"]
+        return RemoteFile(url, head["ContentLength"], etag, etag, sha256=_sha256(head))
 
 
 class S3Source:

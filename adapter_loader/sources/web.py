@@ -49,15 +49,16 @@ class HttpSource:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         whom = f"the host {origin.host}"
         place = f"{key.source} {key.scope} {url}"
+        deadline = self._downloads.deadline()
 
-        def ask(name: str, deadline: float) -> RemoteFile | None:
+        def ask(name: str) -> RemoteFile | None:
             return self._describe(f"{url}{name}", headers, whom, deadline)
 
         for suffix in ARCHIVES:
             if url.endswith(suffix):
-                return self._downloads.archive(place, whom, "", suffix, ask)
+                return self._downloads.archive(place, whom, suffix, ask, deadline)
         url += "/"
-        return self._downloads.folder(place, whom, ask)
+        return self._downloads.folder(place, whom, ask, deadline)
 
     def _checked(self, id: str) -> tuple[Origin, str]:
         """Whom to ask for what. Raises RequestError."""
@@ -95,9 +96,8 @@ def _described(url: str, headers: Mapping[str, str], told: Message) -> RemoteFil
         raise invalid(
             "its server tells neither ETag nor Last-Modified, so that a change would go unnoticed"
         )
-    resumes = not version.startswith("W/")
     sha256 = _sha256(told.get("Repr-Digest", ""))
-    return RemoteFile(url, int(length), version, resumes, sha256, headers)
+    return RemoteFile(url, int(length), version, etag, date, sha256, headers)
 
 
 def _sha256(digests: str) -> str | None:

@@ -97,6 +97,15 @@ def test_the_rest_of_a_cut_off_download_comes_from_a_range(
     assert kept == b"kept" + content[4:half] + content[half:]
 
 
+@pytest.mark.parametrize("within", ["model_weights", "model/model_weights"])
+def test_a_run_of_ludwig_is_found_where_ludwig_puts_it(
+    within: str, endpoint: str, put: Callable[..., bytes], tmp_path: Path
+) -> None:
+    content = put(f"run-of-{within}/{within}")
+    key = AdapterKey("s3", f"s3://{BUCKET}/run-of-{within}")
+    assert weights_of(source(endpoint, tmp_path), key) == content
+
+
 def test_what_is_not_in_the_bucket_is_said(endpoint: str, s3: Any, tmp_path: Path) -> None:
     made = source(endpoint, tmp_path)
     missing = AdapterKey("s3", f"s3://{BUCKET}/nothing")

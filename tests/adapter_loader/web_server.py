@@ -25,6 +25,8 @@ class Served:
     ranges: bool = True
     head: bool = True  # knows HEAD
     length: bool = True  # tells Content-Length
+    surplus: bytes = b""  # what each GET sends beyond what HEAD has told
+    get_length: bool = True  # tells Content-Length to a GET
     redirect: str = ""
 
     def tag(self) -> str:
@@ -91,7 +93,9 @@ def web_server() -> Iterator[WebServer]:
                     self.send_header(name, value)
             for name, value in file.headers.items():
                 self.send_header(name, value)
-            if file.length:
+            if self.command == "GET":
+                body += file.surplus
+            if file.length and (file.get_length or self.command == "HEAD"):
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":
@@ -108,7 +112,7 @@ def web_server() -> Iterator[WebServer]:
 
         def _start(self, file: Served) -> int:
             match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            same = self.headers.get("If-Range") in (file.tag(), file.date)
+            same = self.headers.get("If-Range") in (None, file.tag(), file.date)
             return int(match[1]) if match and file.ranges and same else 0
 
         def log_message(self, format: str, *args: object) -> None:
