@@ -64,7 +64,7 @@ class Response:
             raise forbidden(f"{whom} does not let it be read (status {self.status})")
         reason = f"{whom} answered with status {self.status}"
         if self.status in LATER or self.status >= 500:
-            raise Interrupted(reason, _retry_after(self.headers.get("Retry-After")))
+            raise Interrupted(reason, retry_after(self.headers.get("Retry-After")))
         raise unavailable(reason)
 
 
@@ -223,8 +223,8 @@ def _without_authorization(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() != "authorization"}
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds; a date, which it may be too, counts for nothing."""
+def retry_after(value: str | None) -> float:
+    """Seconds of a header Retry-After; a date, which it may be too, counts for nothing."""
     if value is None or not value.isascii() or not value.isdigit():
         return 0.0
     return min(float(value), MAX_RETRY_AFTER_SECONDS)

@@ -36,7 +36,7 @@ from huggingface_hub.errors import (
 
 from adapter_loader.refusals import forbidden, invalid, not_found, unavailable
 from adapter_loader.remote.downloads import Downloads, entry_of
-from adapter_loader.remote.http_client import LATER
+from adapter_loader.remote.http_client import LATER, retry_after
 from adapter_loader.remote.last_seen import LastSeen
 from adapter_loader.remote.origins import origin_of
 from adapter_loader.remote.retries import Interrupted
@@ -276,7 +276,10 @@ def _translated(job: Callable[[], T]) -> T:
         if status in (401, 403):
             raise forbidden(f"the hub does not let it be read (status {status})") from error
         reason = f"the hub answered with status {status}"
-        raise (Interrupted if status in LATER or status >= 500 else unavailable)(reason) from error
+        if status in LATER or status >= 500:
+            seconds = retry_after(error.response.headers.get("Retry-After"))
+            raise Interrupted(reason, seconds) from error
+        raise unavailable(reason) from error
     except OfflineModeIsEnabled as error:
         raise unavailable("the hub cannot be reached") from error
     except _TransportError as error:

@@ -22,6 +22,7 @@ from pipeline.messages import AdapterKey
 
 NO_HEAD = (405, 501)
 _IN_A_PATH = "/%:@!$&'()*+,;=~"
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _SHA256 = re.compile(r"\bsha-256=:([A-Za-z0-9+/=]{44}):", re.ASCII)  # RFC 9530
 
 
@@ -90,7 +91,7 @@ def _described(url: str, headers: Mapping[str, str], told: Message) -> RemoteFil
     length = told.get("Content-Length", "")
     etag, date = told.get("ETag"), told.get("Last-Modified")
     version = etag or date
-    if not (length.isascii() and length.isdigit()):
+    if not _LENGTH.fullmatch(length):
         raise invalid("its server does not say how large it is (Content-Length)")
     if version is None:
         raise invalid(

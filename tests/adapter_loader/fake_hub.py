@@ -38,6 +38,7 @@ class FakeHub:
     storage: WebServer | None = None
     repositories: dict[str, Repository] = field(default_factory=dict)
     status: int | None = None
+    retry_after: int | None = None  # told with that status
     sizes: bool = True  # says how large what lies in the storage is
     stalls: bool = False  # takes requests and answers none
     released: threading.Event = field(default_factory=threading.Event)  # ends all stalls
@@ -49,7 +50,8 @@ class FakeHub:
         repository_id, _, rest = unquote(path).strip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
         if self.status is not None:
-            return self.status, {}, b""
+            told = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+            return self.status, told, b""
         repository = self.repositories.get(repository_id)
         allowed = repository and (repository.tokens is None or token in repository.tokens)
         if repository is None or (not allowed and not repository.gated):

@@ -273,7 +273,11 @@ def test_a_redirect_leads_only_where_it_may(
 
 @pytest.mark.parametrize(
     ("how", "word"),
-    [({"length": False}, "Content-Length"), ({"etag": ""}, "neither ETag nor Last-Modified")],
+    [
+        ({"length": False, "headers": {"Content-Length": "9" * 5000}}, "Content-Length"),
+        ({"length": False}, "Content-Length"),
+        ({"etag": ""}, "neither ETag nor Last-Modified"),
+    ],
 )
 def test_a_server_must_say_what_is_needed_to_check_it(
     how: dict[str, object], word: str, source: HttpSource, adapter: Callable[..., AdapterKey]

@@ -494,6 +494,14 @@ def test_what_the_hub_answers_is_told_and_what_may_pass_is_tried_again(
     assert len(hub.requests) == tries
 
 
+def test_a_hub_that_wants_to_be_left_alone_for_a_while_is(
+    hub: FakeHub, source_of: MakeSource, made: Parts
+) -> None:
+    hub.status, hub.retry_after = 429, 7
+    assert_refused(source_of(), UNAVAILABLE, "429")
+    assert made.waits == [7, 7]
+
+
 def test_what_is_not_on_the_hub_is_not_found(
     hub: FakeHub, source_of: MakeSource, files: dict[str, bytes]
 ) -> None:

@@ -59,6 +59,8 @@ def web_server() -> Iterator[WebServer]:
             status = self._refusal(file)
             if file is None or status:
                 self.send_response(status or 404)
+                for name, value in (file.headers if file else {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             elif file.redirect:
