@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class WebServer:
 
 
 @contextmanager
-def web_server() -> Iterator[WebServer]:
+def web_server(tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             server.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '-')}")
@@ -122,7 +123,10 @@ def web_server() -> Iterator[WebServer]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         port = listening.server_address[1]
-        server = WebServer(f"http://127.0.0.1:{port}", port)
+        if tls is not None:
+            listening.socket = tls.wrap_socket(listening.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        server = WebServer(f"{scheme}://127.0.0.1:{port}", port)
         thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         yield server
