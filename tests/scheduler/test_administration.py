@@ -3,12 +3,17 @@
 import pytest
 
 from pipeline.messages import (
+    MERGED,
+    AdapterKey,
     AdminVerb,
     AliasesTaken,
     Failure,
     FailureKind,
     FinishReason,
     LoadAdapter,
+    Merge,
+    MergePart,
+    MergeStrategy,
     Tier,
 )
 from tests.scheduler.fake_loader import NOT_FOUND
@@ -448,3 +453,16 @@ def test_resident_adapters_are_told_by_their_names_or_ids() -> None:
     resident, waiting = world.core.adapter_names()
     assert sorted(resident) == ["b", "sql"]
     assert waiting == ["c"]
+
+
+def test_what_no_request_can_name_is_not_told_and_a_revision_is() -> None:
+    world = World()
+    part = AdapterKey("hub", "x")
+    merge = Merge(parts=(MergePart(part, 0.5),), strategy=MergeStrategy.LINEAR)
+    for adapter in (
+        AdapterKey(MERGED, "linear(x*0.5)", merge=merge),
+        AdapterKey("hub", "org/x", "v1"),
+    ):
+        world.submit(adapter=adapter)
+        world.run()
+    assert world.core.adapter_names() == (["org/x@v1"], [])
