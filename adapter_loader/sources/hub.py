@@ -170,8 +170,8 @@ class HubSource:
 class _Asking:
     """What a hub says of the files of a repository, all of one commit: that of the first answer.
 
-    Its own answer names a branch, perhaps, that moves on; the later ones name the commit, and so
-    do the URLs that they give.
+    The first question names a branch, perhaps, that moves on meanwhile. Later ones name the
+    commit, and so do the URLs in their answers.
     """
 
     commit = ""  # of the repository, once the hub has said it
@@ -217,6 +217,8 @@ class _Asking:
         self._learn(told.commit_hash)
         if not self.commit:
             raise unavailable("the hub does not say which commit it is")
+        if told.commit_hash != self.commit:
+            raise unavailable("it changed on the hub while it was fetched")
         if told.size is None:
             raise invalid("the hub does not say how large it is")
         etag = told.etag or ""

@@ -39,6 +39,7 @@ class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     status: int | None = None
     retry_after: int | None = None  # told with that status
+    wrong_commit: str = ""  # told, once a commit is named
     sizes: bool = True  # says how large what lies in the storage is
     stalls: bool = False  # takes requests and answers none
     released: threading.Event = field(default_factory=threading.Event)  # ends all stalls
@@ -64,7 +65,8 @@ class FakeHub:
         if files is None:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         content = files.get(name)
-        headers = {"X-Repo-Commit": commit}
+        wrong = self.wrong_commit if revision != "main" else ""
+        headers = {"X-Repo-Commit": wrong or commit}
         if content is None:
             return 404, {**headers, "X-Error-Code": "EntryNotFound"}, b""
         digest = hashlib.sha256(content).hexdigest()
@@ -77,11 +79,12 @@ class FakeHub:
             headers["X-Linked-Size"] = str(len(content))
         return 302, headers, b""
 
-    def stored(self) -> Served:
-        """The one file that somebody was sent to the storage for."""
+    def stored(self, repository_id: str, weights: str) -> Served:
+        """The weights of a repository, as they lie in the storage."""
         assert self.storage is not None
-        (file,) = self.storage.files.values()
-        return file
+        content = self.repositories[repository_id].files[weights]
+        self.answer(f"/{repository_id}/resolve/main/{weights}", "")
+        return self.storage.files[f"/stored/{hashlib.sha256(content).hexdigest()}"]
 
 
 @contextmanager

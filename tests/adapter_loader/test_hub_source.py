@@ -190,8 +190,7 @@ def test_a_download_that_was_cut_off_goes_on_where_it_was(
 ) -> None:
     """If-Range would ask for the hub's version, which the storage does not know."""
     hub.repositories[ADAPTER.id] = Repository(files)
-    hub.answer(f"/{ADAPTER.id}/resolve/main/{WEIGHTS}", "")
-    hub.stored().cut_at = [1000, 500]
+    hub.stored(ADAPTER.id, WEIGHTS).cut_at = [1000, 500]
     assert fetch(source_of()) == files[WEIGHTS]
     ranges = [line.rpartition(" ")[2] for line in storage.gets()]
     assert ranges == ["-", "bytes=1000-", "bytes=1500-"]
@@ -202,12 +201,12 @@ def test_what_does_not_have_the_checksum_of_the_hub_is_never_used(
     hub: FakeHub, storage: WebServer, source_of: MakeSource, files: dict[str, bytes], made: Parts
 ) -> None:
     hub.repositories[ADAPTER.id] = Repository(files)
-    hub.answer(f"/{ADAPTER.id}/resolve/main/{WEIGHTS}", "")
-    good, hub.stored().content = hub.stored().content, bytes(len(files[WEIGHTS]))
+    stored = hub.stored(ADAPTER.id, WEIGHTS)
+    stored.content = bytes(len(files[WEIGHTS]))
     assert_refused(source_of(), UNAVAILABLE, "sha256")
     assert len(storage.gets()) == TRIES
     assert list((made.folder / "entries").iterdir()) == []
-    hub.stored().content = good
+    stored.content = files[WEIGHTS]
     assert fetch(source_of()) == files[WEIGHTS]
 
 
@@ -219,8 +218,7 @@ def test_a_storage_that_stalls_after_its_headers_is_given_up(
     tmp_path: Path,
 ) -> None:
     hub.repositories[ADAPTER.id] = Repository(files)
-    hub.answer(f"/{ADAPTER.id}/resolve/main/{WEIGHTS}", "")
-    hub.stored().stall_at = 10
+    hub.stored(ADAPTER.id, WEIGHTS).stall_at = 10
     impatient = parts(tmp_path / "downloads", stall_seconds=0.05)
     assert_refused(source_of(impatient), UNAVAILABLE, "stalled")
 
@@ -263,8 +261,7 @@ def test_downloads_at_the_same_time_stay_within_the_disk_cache(
     little = source_of(parts(tmp_path / "little", cache_bytes=2 * one - 1))
     hub.repositories[ADAPTER.id] = Repository(files)
     hub.repositories["a/b"] = Repository({**files, WEIGHTS: files[WEIGHTS][:-1] + b"\0"})
-    hub.answer(f"/{ADAPTER.id}/resolve/main/{WEIGHTS}", "")
-    stored = hub.stored()
+    stored = hub.stored(ADAPTER.id, WEIGHTS)
     stored.stall_at = 1000
     first = threading.Thread(target=fetch, args=(little,))
     first.start()
@@ -295,6 +292,8 @@ def test_a_hub_must_say_what_is_needed_to_check_it(
     for commit in ("", "../../x"):
         repository.commit = commit
         assert_refused(source_of(), UNAVAILABLE, "which commit")
+    repository.commit, hub.wrong_commit = "1" * 40, "2" * 40
+    assert_refused(source_of(), UNAVAILABLE, "changed on the hub")
     assert storage.requests == []
 
 

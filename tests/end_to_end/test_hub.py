@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from tests.adapter_loader.fake_hub import FakeHub, Repository, fake_hub
-from tests.adapter_loader.web_server import Served, WebServer, web_server
+from tests.adapter_loader.web_server import WebServer, web_server
 from tests.end_to_end import tiny
 from tests.end_to_end.server import Server
 
@@ -32,13 +32,6 @@ class Place(NamedTuple):
     def administer(self, verb: str, **body: Any) -> httpx.Response:
         url = f"{self.server.url}/v1/{verb}_lora_adapter"
         return httpx.post(url, json=body, timeout=60)
-
-    def stored(self, repository: str) -> Served:
-        """The weights of a repository, as they lie in the storage."""
-        self.hub.answer(f"/{repository}/resolve/main/{FILES[1]}", "")
-        content = self.hub.repositories[repository].files[FILES[1]]
-        (file,) = (one for one in self.storage.files.values() if one.content == content)
-        return file
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +65,7 @@ def place(
 
 
 def test_a_storage_that_stalls_holds_up_nobody_else_and_ends_in_a_sentence(place: Place) -> None:
-    stored = place.stored("org/stalling")
+    stored = place.hub.stored("org/stalling", FILES[1])
     stored.stall_at = 100
     with ThreadPoolExecutor(2) as threads:
         stalled = threads.submit(place.complete, "org/stalling")
