@@ -25,6 +25,7 @@ from pipeline.messages import (
     Pieces,
     Prefetch,
     Prompt,
+    PromptDetails,
     Shutdown,
 )
 
@@ -128,6 +129,9 @@ class Downstream:
 
     def deliver(self, message: Pieces) -> None:
         self._streams.deliver(message)
+
+    def tell_prompt(self, message: PromptDetails) -> None:
+        self._streams.tell_prompt(message)
 
     @contextmanager
     def start(self, prompt: Prompt, *, streamed: bool) -> Iterator[Reply]:

@@ -53,7 +53,7 @@ def _new_row(row: int, slot: int, length: int, blocks: range, sampling: Sampling
         cached_tokens=0,
         blocks=_ints(blocks),
         sampling=sampling,
-        logprobs=False,
+        logprobs=None,
     )
 
 
