@@ -28,6 +28,10 @@ class Stream:
         self._wake = wake
         self._streamed = streamed
 
+    @property
+    def failed(self) -> bool:
+        return self._end is not None and self._end.reason == FinishReason.ERROR
+
     def push(self, piece: Piece) -> None:
         if self.ended:
             return
