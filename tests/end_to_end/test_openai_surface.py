@@ -101,9 +101,10 @@ def test_a_chats_are_those_of_a_greedy_run(client: openai.OpenAI, oracle: Oracle
     assert choice.message.content is not None
     joined = b"".join(bytes(token.bytes or ()) for token in choice.logprobs.content)
     assert joined == choice.message.content.encode()
-    prompt: list[int] = oracle.tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_dict=False
+    written = oracle.tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, tokenize=False
     )
+    prompt = ids_of(oracle, str(written))
     ids = ids_of(oracle, choice.message.content)
     assert len(ids) == len(choice.logprobs.content)  # its text is encoded as it was produced
     expected = oracle.logprobs(prompt + ids)[len(prompt) - 1 :]
@@ -261,9 +262,9 @@ def test_the_best_is_the_one_with_the_likeliest_tokens(client: openai.OpenAI) ->
 
 
 def test_biases_ban_tokens_and_force_them(client: openai.OpenAI, oracle: Oracle) -> None:
-    def ask(**bias: float) -> str:
+    def ask(**bias: int) -> str:
         reply = client.completions.create(
-            model="", prompt=STORY, max_tokens=6, temperature=0, logit_bias=bias or None
+            model="", prompt=STORY, max_tokens=6, temperature=0, logit_bias=bias
         )
         return reply.choices[0].text
 

@@ -9,7 +9,7 @@ import pytest
 
 from frontend.adapters import AdapterNames
 from frontend.openai import DEFAULT_COMPLETION_TOKENS, OpenAI
-from pipeline.messages import AdapterKey, Prompt, Sampling
+from pipeline.messages import AdapterKey, Logprobs, Prompt, Sampling
 from tests.frontend.fakes import BASE, call_of, json_of, make_adapter, refusal_of
 
 ROUTES = OpenAI(
@@ -84,6 +84,8 @@ def test_a_bare_completion_has_openais_length() -> None:
         ("frequency_penalty", -2, {"frequency_penalty": -2.0}),
         ("presence_penalty", 2, {"presence_penalty": 2.0}),
         ("seed", 5, {"seed": 5}),
+        ("logit_bias", {"5": -100, "7": 0.5}, {"logit_bias": ((5, -100.0), (7, 0.5))}),
+        ("min_tokens", 3, {"min_tokens": 3}),
         ("seed", -1, {"seed": (1 << 64) - 1}),
         ("seed", 1 << 70, {"seed": 0}),
     ],
@@ -111,6 +113,12 @@ def test_seeds_are_drawn_where_none_is_given() -> None:
         ({"stop": ["x", "y"]}, "stop", ("x", "y")),
         ({"stop": None}, "stop", ()),
         ({"ignore_eos": True}, "ignore_eos", True),
+        ({"stop_token_ids": [5, 6]}, "stop_token_ids", (5, 6)),
+        ({"n": 3}, "choices", 3),
+        ({"logprobs": True}, "logprobs", Logprobs()),
+        ({"logprobs": True}, "token_details", True),
+        ({"logprobs": True, "top_logprobs": 20}, "logprobs", Logprobs(20)),
+        ({"logprobs": False, "top_logprobs": 0}, "logprobs", None),
         ({"ignore_eos_token": True}, "ignore_eos", True),
         ({"model": BASE}, "adapter", None),
         ({"model": "org/x"}, "adapter", AdapterKey("hub", "org/x")),
@@ -204,6 +212,15 @@ def test_what_is_not_honoured_is_refused_by_name(field: str, value: Any) -> None
         ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("seed", 1.5),
+        ("n", 0),
+        ("n", True),
+        ("n", 9),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {str(1 << 31): 1}),
+        ("logit_bias", {str(one): 1 for one in range(301)}),
+        ("min_tokens", -1),
+        ("stop_token_ids", 5),
         ("max_tokens", -1),
         ("max_tokens", 1 << 31),
         ("stop", 5),
@@ -250,6 +267,61 @@ def test_messages_that_cannot_be_are_refused_with_their_place(
     messages: Any, parameter: str
 ) -> None:
     assert error_of_chat(messages=messages)["param"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias[...]"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_a_chat_does_not_take(changes: dict[str, Any], parameter: str) -> None:
+    assert error_of_chat(**changes)["param"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"best_of": 9}, "best_of"),
+        ({"prompt": ["a"] * 3, "n": 3}, "n"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"suffix": "x"}, "suffix"),
+    ],
+)
+def test_a_completion_does_not_take(changes: dict[str, Any], parameter: str) -> None:
+    assert error_of_completion(**changes)["param"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "choices"),
+    [
+        ({}, None, 1),
+        ({"logprobs": 0}, Logprobs(), 1),
+        ({"logprobs": 5}, Logprobs(5), 1),
+        ({"logprobs": 2, "echo": True}, Logprobs(2, prompt_top=2), 1),
+        ({"echo": True}, None, 1),
+        ({"n": 2, "best_of": 4}, Logprobs(), 4),
+        ({"n": 2, "best_of": 2, "stream": True}, None, 2),
+        ({"n": 2, "best_of": 4, "logprobs": 3, "echo": True}, Logprobs(3, prompt_top=3), 4),
+    ],
+)
+def test_a_completion_wants_those_logprobs_that_it_shows_or_ranks_by(
+    changes: dict[str, Any], wanted: Logprobs | None, choices: int
+) -> None:
+    prompt = completion_prompt(**changes)
+    assert (prompt.logprobs, prompt.choices) == (wanted, choices)
+    assert prompt.token_details == (wanted is not None)
+    assert prompt.prompt_details == bool(changes.get("echo"))
 
 
 def test_messages_are_handed_on_as_templates_want_them() -> None:
