@@ -1,7 +1,7 @@
 """What the two families of routes have in common: a request becomes a Call."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -40,7 +40,7 @@ class ReplyShape(Protocol):
     def error_event(self, error: RequestError) -> bytes: ...
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """What has come for one choice since its last part.
 
     A request's choices are counted from 0: first those of its first prompt, then of the next.
@@ -90,9 +90,9 @@ class OneChoice(ChoicesShape):
         self._shape = shape
 
     def whole(self, parts: list[Part]) -> HttpReply:
-        [(_, pieces, end, _)] = parts
-        assert end is not None
-        return self._shape.whole(pieces, end)
+        [part] = parts
+        assert part.end is not None
+        return self._shape.whole(part.pieces, part.end)
 
     def refusal(self, error: RequestError) -> HttpReply:
         return self._shape.refusal(error)

@@ -65,6 +65,7 @@ class Reply:
             ]
             self.streams += own
             self._told += own[:1] * len(own)
+        self._only = self.streams[0] if len(self.streams) == 1 else None
 
     async def next(self) -> list[Part]:
         """What has come since the last call, waiting until something has. Raises ClientGone.
@@ -73,7 +74,7 @@ class Reply:
         Nothing when it has been quiet for keep_alive_seconds.
         """
         while not self._gone:
-            parts = self._take() if self._streamed or self._is_over else []
+            parts = self._take()
             if parts:
                 return parts
             if self._quiet:
@@ -88,12 +89,17 @@ class Reply:
         return all(one.ended for one in self.streams) or any(one.failed for one in self.streams)
 
     def _take(self) -> list[Part]:
-        parts = []
-        for choice, stream in enumerate(self.streams):
-            pieces, end = stream.take()
-            if pieces or end is not None:
-                parts.append(Part(choice, pieces, end, self._told[choice].prompt))
-        return parts
+        if self._only is not None:  # as most have, for each token
+            pieces, end = self._only.take()
+            return [Part(0, pieces, end, self._only.prompt)] if pieces or end is not None else []
+        if not self._streamed and not self._is_over:
+            return []
+        taken = enumerate(stream.take() for stream in self.streams)
+        return [
+            Part(choice, pieces, end, self._told[choice].prompt)
+            for choice, (pieces, end) in taken
+            if pieces or end is not None
+        ]
 
     def client_gone(self) -> None:
         """The client does not wait any more: `next` says so at once."""

@@ -173,14 +173,18 @@ class Generate:
         started = False
         ends: dict[int, End] = {}
         while True:
-            failed = _failed(parts)
-            if failed is not None:
-                pieces = [part._replace(end=None) for part in parts if part.pieces]
-                body += b"".join(map(shape.events, pieces)) + shape.error_event(failed.error)
-                await send({"type": "http.response.body", "body": body})
-                return [failed.end]
-            body += b"".join(map(shape.events, parts)) if parts else KEEP_ALIVE
-            ends |= {part.choice: part.end for part in parts if part.end is not None}
+            if not parts:
+                body += KEEP_ALIVE
+            for part in parts:
+                if part.end is not None:
+                    error = error_of(part.end)
+                    if error is not None:
+                        body += shape.events(Part(part.choice, part.pieces, None, part.prompt))
+                        body += shape.error_event(error)
+                        await send({"type": "http.response.body", "body": body})
+                        return [part.end]
+                    ends[part.choice] = part.end
+                body += shape.events(part)
             if len(ends) == len(reply.streams):
                 break
             if body:

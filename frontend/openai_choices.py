@@ -70,7 +70,9 @@ class Choices(ChoicesShape):
     def _shown(self, part: Part) -> Part:
         if not self._asked.silent:
             return part
-        return part._replace(pieces=[], end=None if part.end is None else _silent_end(part.end))
+        return msgspec.structs.replace(
+            part, pieces=[], end=None if part.end is None else _silent_end(part.end)
+        )
 
     def _end(self, ends: list[End]) -> End:
         return end_of_all(ends, prompts=self._asked.prompts)
