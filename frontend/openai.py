@@ -1,5 +1,6 @@
 """OpenAI's requests: what they say, what of it is honoured, and the Call that comes of it."""
 
+import re
 from array import array
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -399,7 +400,7 @@ def _check_min_tokens(prompt: Prompt) -> None:
 def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
     biases: dict[int, float] = {}
     for name, value in given.items():
-        if not name.isascii() or not name.isdecimal() or int(name) > MAX_TOKEN_ID:
+        if not re.fullmatch("[0-9]{1,10}", name) or int(name) > MAX_TOKEN_ID:
             raise ParameterError(
                 "logit_bias", f"`logit_bias` is by token id, as a string of digits. Given: `{name}`"
             )

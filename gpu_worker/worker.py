@@ -149,16 +149,7 @@ class Worker:
         self._change(step)
         if step.decode_rows or step.prefill:
             host = make_batch(step, self.rows)
-            top = self._top(host)
-            scores = self._scores(host, top) if len(host.scored) else None
-            logits = self._forward.run(host, self.history, launched.starts, scores)
-            if len(host.sampled_rows):
-                tokens, logprobs = self._sample(host, logits, top)
-                launched.gives(tokens)
-                if logprobs is not None:
-                    launched.gives_logprobs(logprobs)
-            if scores is not None and scores.rows is not None:
-                launched.gives_logprobs(scores.rows)
+            self._compute(host, launched)
             self._count_tokens(host)
         launched.ends()
         return launched
@@ -168,8 +159,7 @@ class Worker:
         """Run a step that is not counted and whose tokens nobody wants."""
         self._change(step)
         if step.decode_rows or step.prefill:
-            host = make_batch(step, self.rows)
-            self._sample(host, self._forward.run(host, self.history, lambda: None), 0)
+            self._compute(make_batch(step, self.rows), Launched(step, self._index, self._device))
 
     @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
@@ -200,6 +190,19 @@ class Worker:
         for new in new_rows:
             self.history.write(new.row, np.frombuffer(new.token_ids, np.int32).copy())
         return [self.rows.take(new) for new in new_rows]
+
+    def _compute(self, host: HostBatch, launched: Launched) -> None:
+        """The step's tokens, and the log-probabilities that its rows want."""
+        top = self._top(host)
+        scores = self._scores(host, top) if len(host.scored) else None
+        logits = self._forward.run(host, self.history, launched.starts, scores)
+        if len(host.sampled_rows):
+            tokens, logprobs = self._sample(host, logits, top)
+            launched.gives(tokens)
+            if logprobs is not None:
+                launched.gives_logprobs(logprobs)
+        if scores is not None and scores.rows is not None:
+            launched.gives_logprobs(scores.rows)
 
     def _top(self, host: HostBatch) -> int:
         """What the rows of log-probabilities of this step hold: what the one who wants most does,

@@ -289,15 +289,16 @@ class Core:
             outgoing.prompts.append(PromptDetails(prompt.request_id, text))
             return
         request = self._requests[prompt.request_id]
-        request.prompt = PromptTokens(encoded.token_ids, prompt.logprobs)
+        request.prompt = PromptTokens(
+            encoded.token_ids, prompt.logprobs, self._vocabulary, self._new_token_decoder()
+        )
         request.prompt_text = text
         self._complete_prompt(request, prompt.request_id)
 
     def _complete_prompt(self, request: _Request, request_id: int) -> None:
         prompt = request.prompt
         if prompt is not None and prompt.complete:
-            tokens = prompt.details(self._vocabulary, self._new_token_decoder())
-            details = PromptDetails(request_id, request.prompt_text, tokens)
+            details = PromptDetails(request_id, request.prompt_text, tuple(prompt.details))
             request.outgoing.prompts.append(details)
             request.prompt = None
 

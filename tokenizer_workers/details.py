@@ -47,30 +47,36 @@ class Vocabulary:
 class PromptTokens:
     """The tokens of a prompt, while their log-probabilities come in.
 
+    They are written down as they come: a long prompt has many, for which others would wait.
+
     token_ids  int32[n]
+    decoder    of their texts, which nobody else uses
     """
 
-    def __init__(self, token_ids: bytes, wanted: Logprobs) -> None:
+    def __init__(
+        self, token_ids: bytes, wanted: Logprobs, vocabulary: Vocabulary, decoder: TextDecoder
+    ) -> None:
         assert wanted.prompt_top is not None
         self._token_ids = array("i", token_ids)
         self._top = wanted.prompt_top
-        self._rows: list[bytes] = []
+        self._vocabulary = vocabulary
+        self._decoder = decoder
+        self.details: list[TokenDetail] = []
+        self._add(None)  # nothing comes before the first token, which has no probability
 
     def add(self, rows: list[bytes]) -> None:
         """Of the next tokens, from the second on."""
-        self._rows += rows
+        for row in rows:
+            self._add(row)
 
     @property
     def complete(self) -> bool:
-        return len(self._rows) == len(self._token_ids) - 1
+        return len(self.details) == len(self._token_ids)
 
-    def details(self, vocabulary: Vocabulary, decoder: TextDecoder) -> tuple[TokenDetail, ...]:
-        """Once it is complete. Nothing comes before the first token, which has no probability."""
-        rows: list[bytes | None] = [None, *self._rows]
-        return tuple(
-            vocabulary.detail(token_id, decoder.push(token_id), row, self._top)
-            for token_id, row in zip(self._token_ids, rows, strict=True)
-        )
+    def _add(self, row: bytes | None) -> None:
+        token_id = self._token_ids[len(self.details)]
+        text = self._decoder.push(token_id)
+        self.details.append(self._vocabulary.detail(token_id, text, row, self._top))
 
 
 def _own_first(

@@ -217,6 +217,7 @@ def test_what_is_not_honoured_is_refused_by_name(field: str, value: Any) -> None
         ("n", 9),
         ("logit_bias", {"five": 1}),
         ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"5" * 5000: 1}),
         ("logit_bias", {str(1 << 31): 1}),
         ("logit_bias", {str(one): 1 for one in range(301)}),
         ("min_tokens", -1),

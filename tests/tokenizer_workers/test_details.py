@@ -53,18 +53,22 @@ def test_the_token_itself_comes_before_those_that_are_as_likely(
     assert [one.id for one in detail.alternatives] == expected
 
 
+def prompt_of(*token_ids: int) -> PromptTokens:
+    ids = array("i", token_ids).tobytes()
+    return PromptTokens(ids, Logprobs(prompt_top=1), VOCABULARY, ByteLevelDecoder(TABLE))
+
+
 def test_a_prompt_is_complete_when_all_but_its_first_token_have_come() -> None:
-    ids = array("i", [0, 2, 3]).tobytes()
-    prompt = PromptTokens(ids, Logprobs(prompt_top=1))
+    prompt = prompt_of(0, 2, 3)
     assert not prompt.complete
     prompt.add([pack(-1.0, [(1, -0.25)])])
     prompt.add([pack(-2.0, [(3, -2.0)])])
     assert prompt.complete
-    first, second, third = prompt.details(VOCABULARY, ByteLevelDecoder(TABLE))
+    first, second, third = prompt.details
     assert (first.text, first.logprob, first.alternatives) == ("a", None, ())
     assert (second.logprob, second.alternatives) == (-1.0, (Alternative(1, "b", -0.25),))
     assert (third.text, third.logprob) == ("é", -2.0)
 
 
 def test_a_prompt_of_one_token_waits_for_nothing() -> None:
-    assert PromptTokens(array("i", [1]).tobytes(), Logprobs(prompt_top=0)).complete
+    assert prompt_of(1).complete
