@@ -100,6 +100,31 @@ def test_a_gpu_produces_what_a_cpu_does(
     assert same / total > 0.9
 
 
+def test_a_gpu_scores_prompts_and_likeliest_tokens_as_a_cpu_does(folder: Path) -> None:
+    biased = Sampling(temperature=0.0, logit_bias=((7, -100.0), (9, 2.0)), min_tokens=2)
+    scored: list[Row] = []
+    for changes in (
+        {"kv_block_tokens": 16, "kv_cache_bytes": 1 << 24},
+        {"device": "cuda", "attention": "triton", "kv_block_tokens": 16, "kv_cache_bytes": 1 << 28},
+    ):
+        driver = Driver(make_worker(folder, **changes), blocks=range(100), block_tokens=16)
+        wanted = Logprobs(3, prompt_top=2)
+        driver.add(0, prompt(0, 300, 1000), sampling=biased, logprobs=wanted, end_token_ids=(3,))
+        driver.step(prefill=[(0, 170)])
+        driver.step(prefill=[(0, 130)])
+        for _ in range(4):
+            driver.step(decode=[0])
+        scored.append(driver.rows[0])
+    one, other = scored
+    assert one.produced == other.produced
+    for a, b in ((one.prompt_logprobs, other.prompt_logprobs), (one.logprobs, other.logprobs)):
+        assert len(a) == len(b)
+        for (own, likeliest), (own_there, likeliest_there) in zip(a, b, strict=True):
+            assert own == pytest.approx(own_there, abs=0.01)
+            values = [value for _, value in likeliest]
+            assert values == pytest.approx([value for _, value in likeliest_there], abs=0.01)
+
+
 # --- adapters on their way -----------------------------------------------------------------------
 
 RANKS = (512, 8, 16)  # of the test's adapters; the first is copied in several chunks
