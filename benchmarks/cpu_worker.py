@@ -64,7 +64,7 @@ def prefill_steps(sampling: Sampling, lora: bool) -> list[Step]:
             cached_tokens=0,
             blocks=ints(range(row * BLOCKS, (row + 1) * BLOCKS)),
             sampling=sampling,
-            logprobs=False,
+            logprobs=None,
         )
         for row in range(ROWS)
     )

@@ -133,7 +133,7 @@ class Ours:
                 cached_tokens=0,
                 blocks=ints(range(row * self._row_blocks, (row + 1) * self._row_blocks)),
                 sampling=sampling[row],
-                logprobs=False,
+                logprobs=None,
             )
             for row, text in enumerate(texts)
         )

@@ -69,7 +69,7 @@ def prefill_steps(rows: int, adapters: int, vocabulary: int, blocks: int) -> lis
                 cached_tokens=0,
                 blocks=ints(range(row * blocks, (row + 1) * blocks)),
                 sampling=Sampling(temperature=0),
-                logprobs=False,
+                logprobs=None,
             )
             for row in some
         )

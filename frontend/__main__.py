@@ -31,6 +31,7 @@ from pipeline.messages import (
     Aliases,
     Pieces,
     ProcessReady,
+    PromptDetails,
     Stats,
     ToFrontend,
 )
@@ -102,6 +103,8 @@ async def serve(
         match message:
             case Pieces():
                 downstream.deliver(message)
+            case PromptDetails():
+                downstream.tell_prompt(message)
             case Stats():
                 processes.stats(message)
             case ProcessReady():

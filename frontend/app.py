@@ -74,6 +74,7 @@ def make_app(
             generate("/generate_stream", lorax, lorax.generate_stream),
             *administration.routes(),
             Route("/v1/models", operations.models),
+            Route("/v1/models/{model:path}", operations.model),
             Route("/", operations.health),
             Route("/health", operations.health),
             Route("/info", operations.info),
@@ -115,6 +116,7 @@ def _dialects(
         base_model=settings.model_id,
         adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
+        max_choices=settings.max_choices,
     )
     lorax = Lorax(
         base_model=settings.model_id,

@@ -1,12 +1,13 @@
 """What the two families of routes have in common: a request becomes a Call."""
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import msgspec
 
 from frontend.exchange import Headers, HttpReply
 from pipeline.errors import RequestError
-from pipeline.messages import End, FailureKind, FinishReason, Piece, Prompt
+from pipeline.messages import End, FailureKind, FinishReason, Piece, Prompt, PromptDetails, Usage
 
 
 class ReplyShape(Protocol):
@@ -39,15 +40,96 @@ class ReplyShape(Protocol):
     def error_event(self, error: RequestError) -> bytes: ...
 
 
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """What has come for one choice since its last part.
+
+    A request's choices are counted from 0: first those of its first prompt, then of the next.
+    """
+
+    choice: int
+    pieces: list[Piece]
+    end: End | None = None
+    prompt: PromptDetails | None = None  # in each part, if they were asked for
+
+
+class ChoicesShape(ABC):
+    """How the reply to a request is written down that may have several choices.
+
+    As ReplyShape in all else.
+    """
+
+    @abstractmethod
+    def whole(self, parts: list[Part]) -> HttpReply:
+        """The reply that is not streamed: one part for each choice, in order, with its end."""
+
+    @abstractmethod
+    def refusal(self, error: RequestError) -> HttpReply: ...
+
+    @abstractmethod
+    def stream_headers(self) -> Headers: ...
+
+    @abstractmethod
+    def opening(self) -> bytes: ...
+
+    @abstractmethod
+    def events(self, part: Part) -> bytes:
+        """What has come for a choice; if it has ended, its last."""
+
+    @abstractmethod
+    def closing(self, ends: list[End]) -> bytes:
+        """After the last of all choices: their ends, in order."""
+
+    @abstractmethod
+    def error_event(self, error: RequestError) -> bytes: ...
+
+
+class OneChoice(ChoicesShape):
+    """Of a request that has one choice, which is all that its shape knows of."""
+
+    def __init__(self, shape: ReplyShape) -> None:
+        self._shape = shape
+
+    def whole(self, parts: list[Part]) -> HttpReply:
+        [part] = parts
+        assert part.end is not None
+        return self._shape.whole(part.pieces, part.end)
+
+    def refusal(self, error: RequestError) -> HttpReply:
+        return self._shape.refusal(error)
+
+    def stream_headers(self) -> Headers:
+        return self._shape.stream_headers()
+
+    def opening(self) -> bytes:
+        return self._shape.opening()
+
+    def events(self, part: Part) -> bytes:
+        if part.end is None:
+            return self._shape.events(part.pieces)
+        return self._shape.closing(part.pieces, part.end)
+
+    def closing(self, ends: list[End]) -> bytes:
+        return b""
+
+    def error_event(self, error: RequestError) -> bytes:
+        return self._shape.error_event(error)
+
+
 class Call(msgspec.Struct, frozen=True):
     """A request that was understood.
 
     prompt  its request id and time of arrival are not set yet
+    others  prompts that come with it, for the same adapter
     """
 
     prompt: Prompt
-    shape: ReplyShape
+    shape: ReplyShape | ChoicesShape
     streamed: bool
+    others: tuple[Prompt, ...] = ()
+
+    @property
+    def choices_shape(self) -> ChoicesShape:
+        return self.shape if isinstance(self.shape, ChoicesShape) else OneChoice(self.shape)
 
 
 class Dialect(Protocol):
@@ -69,3 +151,25 @@ def error_of(end: End | None) -> RequestError | None:
     if end.failure is None:
         return RequestError(500, FailureKind.INTERNAL, "Incomplete generation")
     return RequestError(end.failure.status, end.failure.kind, end.failure.message)
+
+
+def end_of_all(ends: list[End], *, prompts: int) -> End:
+    """The end of a request, of those of its choices: a failure if there is one."""
+    [end, *others] = ends
+    failed = next((one for one in ends if one.reason == FinishReason.ERROR), None)
+    if not others or failed is not None:
+        return end if failed is None else failed
+    return msgspec.structs.replace(end, usage=usage_of_all([one.usage for one in ends], prompts))
+
+
+def usage_of_all(usages: list[Usage], prompts: int) -> Usage:
+    """A prompt counts once, whatever it has of choices. Times are the longest."""
+    of_prompts = usages[:: len(usages) // prompts]
+    return Usage(
+        prompt_tokens=sum(one.prompt_tokens for one in of_prompts),
+        completion_tokens=sum(one.completion_tokens for one in usages),
+        cached_tokens=sum(one.cached_tokens for one in of_prompts),
+        queue_seconds=max(one.queue_seconds for one in of_prompts),
+        first_token_seconds=max(one.first_token_seconds for one in of_prompts),
+        total_seconds=max(one.total_seconds for one in usages),
+    )

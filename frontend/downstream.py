@@ -3,28 +3,29 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import msgspec
 
 from frontend.admission import Admission
 from frontend.aliases import Aliases
+from frontend.calls import Part
 from frontend.exchange import ClientGone
 from frontend.streams import Stream, Streams
+from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
     REQUEST_BITS,
     AliasesTaken,
     Cancel,
-    End,
     Failure,
     FailureKind,
     Message,
-    Piece,
     Pieces,
     Prefetch,
     Prompt,
+    PromptDetails,
     Shutdown,
 )
 
@@ -36,12 +37,15 @@ SendTo = Callable[[str, Message, int], None]  # process, message, index
 
 
 class Reply:
-    """The reply to one request, for the one task that serves it. Made by Downstream.start.
+    """The reply to one call, for the one task that serves it. Made by Downstream.start.
 
+    prompts             with their request ids
     keep_alive_seconds  time without a word after which `next` returns with nothing; 0: never
     """
 
-    def __init__(self, streams: Streams, request_id: int, keep_alive_seconds: float) -> None:
+    def __init__(
+        self, streams: Streams, prompts: Sequence[Prompt], keep_alive_seconds: float
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._gone = False
@@ -51,25 +55,51 @@ class Reply:
         self._timer: asyncio.TimerHandle | None = None
         if keep_alive_seconds:
             self._timer = self._loop.call_later(keep_alive_seconds, self._check_quiet)
-        self.stream: Stream = streams.open(
-            request_id, wake=self._wake, streamed=bool(keep_alive_seconds)
-        )
+        self._streamed = bool(keep_alive_seconds)
+        self.streams: list[Stream] = []  # by choice
+        self._told: list[Stream] = []  # by choice, whose stream is told of its prompt
+        for prompt in prompts:
+            own = [
+                streams.open(request_id, wake=self._wake, streamed=self._streamed)
+                for request_id in request_ids(prompt.request_id, prompt.choices)
+            ]
+            self.streams += own
+            self._told += own[:1] * len(own)
+        self._only = self.streams[0] if len(self.streams) == 1 else None
 
-    async def next(self) -> tuple[list[Piece], End | None]:
+    async def next(self) -> list[Part]:
         """What has come since the last call, waiting until something has. Raises ClientGone.
 
-        Nothing, that is `([], None)`, when it has been quiet for keep_alive_seconds.
+        Of a call that is not streamed, all at once; or what has failed, as soon as something has.
+        Nothing when it has been quiet for keep_alive_seconds.
         """
         while not self._gone:
-            taken = self.stream.take()
-            if taken[0] or taken[1] is not None:
-                return taken
+            parts = self._take()
+            if parts:
+                return parts
             if self._quiet:
                 self._quiet = False
-                return taken
+                return []
             self._waiter = self._loop.create_future()
             await self._waiter
         raise ClientGone
+
+    @property
+    def _is_over(self) -> bool:
+        return all(one.ended for one in self.streams) or any(one.failed for one in self.streams)
+
+    def _take(self) -> list[Part]:
+        if self._only is not None:  # as most have, for each token
+            pieces, end = self._only.take()
+            return [Part(0, pieces, end, self._only.prompt)] if pieces or end is not None else []
+        if not self._streamed and not self._is_over:
+            return []
+        taken = enumerate(stream.take() for stream in self.streams)
+        return [
+            Part(choice, pieces, end, self._told[choice].prompt)
+            for choice, (pieces, end) in taken
+            if pieces or end is not None
+        ]
 
     def client_gone(self) -> None:
         """The client does not wait any more: `next` says so at once."""
@@ -129,40 +159,57 @@ class Downstream:
     def deliver(self, message: Pieces) -> None:
         self._streams.deliver(message)
 
+    def tell_prompt(self, message: PromptDetails) -> None:
+        self._streams.tell_prompt(message)
+
     @contextmanager
-    def start(self, prompt: Prompt, *, streamed: bool) -> Iterator[Reply]:
-        """Send the prompt, under a request id of its own; gives what its reply arrives in.
+    def start(self, *prompts: Prompt, streamed: bool) -> Iterator[Reply]:
+        """Send the prompts of a call, under request ids of their own; gives what its reply arrives
+        in. They are for the same adapter, and take one place together.
 
         Raises RequestError when nobody is let in. When the context is left before the end has
-        come, the request is cancelled.
+        come, what is left of the call is cancelled.
         """
         worker = self.admission.enter()
         self._idle.clear()
-        self._counter = (self._counter + 1) % (1 << REQUEST_BITS)
-        request_id = self._index << REQUEST_BITS | self._counter
-        self._worker_of[request_id] = worker
-        reply = Reply(self._streams, request_id, self._keep_alive_seconds if streamed else 0.0)
+        numbered = self._numbered(prompts)
+        first = numbered[0]
+        reply = Reply(self._streams, numbered, self._keep_alive_seconds if streamed else 0.0)
+        for stream in reply.streams:
+            self._worker_of[stream.request_id] = worker
         try:
-            if prompt.adapter is not None:
-                self.aliases.began(request_id, prompt.adapter)
+            if first.adapter is not None:
+                self.aliases.began(first.request_id, first.adapter)
                 self._send(
-                    "scheduler", Prefetch(prompt.adapter, prompt.adapter_token, prompt.tenant), 0
+                    "scheduler", Prefetch(first.adapter, first.adapter_token, first.tenant), 0
                 )
-            numbered = msgspec.structs.replace(
-                prompt, request_id=request_id, arrived=time.monotonic()
-            )
-            self._send("tokenizer_workers", numbered, worker)
+            for prompt in numbered:
+                self._send("tokenizer_workers", prompt, worker)
             yield reply
         finally:
             reply.close()
-            self._streams.close(request_id)
-            if not reply.stream.ended:
-                self._send("tokenizer_workers", Cancel(request_id), worker)
-            self.aliases.ended(request_id)
-            del self._worker_of[request_id]
+            for stream in reply.streams:
+                self._streams.close(stream.request_id)
+                del self._worker_of[stream.request_id]
+                if not stream.ended:
+                    self._send("tokenizer_workers", Cancel(stream.request_id), worker)
+            self.aliases.ended(first.request_id)
             self.admission.leave(worker)
             if not self.admission.in_flight:
                 self._idle.set()
+
+    def _numbered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """With the next request ids, as many for each as it has choices."""
+        now = time.monotonic()
+        numbered = []
+        for prompt in prompts:
+            first = self._counter + 1
+            if first + prompt.choices > 1 << REQUEST_BITS:
+                first = 0
+            self._counter = first + prompt.choices - 1
+            request_id = self._index << REQUEST_BITS | first
+            numbered.append(msgspec.structs.replace(prompt, request_id=request_id, arrived=now))
+        return numbered
 
     async def drain(self, seconds: float) -> None:
         """Let nobody in; return when all have left. Those that run longer than that are cut off.

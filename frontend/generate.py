@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
 from frontend import metrics
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import UsedAdapters
-from frontend.calls import Call, Dialect, ReplyShape, error_of
+from frontend.calls import Call, ChoicesShape, Dialect, Part, end_of_all, error_of
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
     RETRY,
@@ -25,11 +26,25 @@ from frontend.exchange import (
 from frontend.processes import Processes
 from frontend.sse import HEADERS, KEEP_ALIVE
 from pipeline.errors import RequestError
-from pipeline.messages import End, Piece
+from pipeline.messages import End
 
 CLIENT_GONE = 499  # in metrics; nobody is sent it
 
 log = logging.getLogger(__name__)
+
+
+class _Failed(NamedTuple):
+    end: End
+    error: RequestError
+
+
+def _failed(parts: list[Part]) -> _Failed | None:
+    """The first choice that has failed, and the others with it."""
+    for part in parts:
+        error = error_of(part.end)
+        if part.end is not None and error is not None:
+            return _Failed(part.end, error)
+    return None
 
 
 class Generate:
@@ -97,48 +112,57 @@ class Generate:
     ) -> int:
         """Have it done; gives the status that was sent. Raises ClientGone."""
         try:
-            with self._downstream.start(call.prompt, streamed=call.streamed) as reply:
+            prompts = (call.prompt, *call.others)
+            with self._downstream.start(*prompts, streamed=call.streamed) as reply:
                 gone = asyncio.create_task(wait_until_gone(receive))
                 gone.add_done_callback(lambda _: reply.client_gone())
                 try:
-                    status, end = await self._send(call, reply, arrived, scope, receive, send)
+                    status, ends = await self._send(
+                        call.choices_shape, call.streamed, reply, arrived, scope, receive, send
+                    )
                 finally:
                     gone.cancel()
         except RequestError as error:
             refusal = call.shape.refusal(error)
             await refusal(scope, receive, send)
             return refusal.status
-        self._account(call, end, arrived)
+        self._account(call, end_of_all(ends, prompts=len(prompts)), arrived)
         return status
 
     async def _send(
         self,
-        call: Call,
+        shape: ChoicesShape,
+        streamed: bool,
         reply: Reply,
         arrived: float,
         scope: Scope,
         receive: Receive,
         send: Send,
-    ) -> tuple[int, End]:
-        """Nothing is sent before there is something, so that an early failure has its status."""
-        pieces, end = await reply.next()
-        error = error_of(end)
-        if call.streamed and (pieces or error is None):
-            return 200, await self._stream(call.shape, reply, pieces, end, arrived, send)
-        assert end is not None  # a reply that is not streamed comes with its end
-        whole = call.shape.refusal(error) if error else call.shape.whole(pieces, end)
+    ) -> tuple[int, list[End]]:
+        """Nothing is sent before there is something, so that an early failure has its status.
+
+        Gives the ends of the choices; if one has failed, its alone.
+        """
+        parts = await reply.next()
+        failed = _failed(parts)
+        if streamed and (failed is None or any(part.pieces for part in parts)):
+            return 200, await self._stream(shape, reply, parts, arrived, send)
+        if failed is not None:
+            refusal = shape.refusal(failed.error)
+            await refusal(scope, receive, send)
+            return refusal.status, [failed.end]
+        whole = shape.whole(parts)
         await whole(scope, receive, send)
-        return whole.status, end
+        return whole.status, [part.end for part in parts if part.end is not None]
 
     async def _stream(
         self,
-        shape: ReplyShape,
+        shape: ChoicesShape,
         reply: Reply,
-        pieces: list[Piece],
-        end: End | None,
+        parts: list[Part],
         arrived: float,
         send: Send,
-    ) -> End:
+    ) -> list[End]:
         """Send what has come, and go on as more comes. Raises ClientGone.
 
         What came while the last part was being sent goes out in one part; nothing waits for more.
@@ -147,22 +171,32 @@ class Generate:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         body = shape.opening()
         started = False
-        while end is None:
-            body += shape.events(pieces) if pieces else KEEP_ALIVE
+        ends: dict[int, End] = {}
+        while True:
+            if not parts:
+                body += KEEP_ALIVE
+            for part in parts:
+                if part.end is not None:
+                    error = error_of(part.end)
+                    if error is not None:
+                        body += shape.events(Part(part.choice, part.pieces, None, part.prompt))
+                        body += shape.error_event(error)
+                        await send({"type": "http.response.body", "body": body})
+                        return [part.end]
+                    ends[part.choice] = part.end
+                body += shape.events(part)
+            if len(ends) == len(reply.streams):
+                break
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
                 body = b""
-            if pieces and not started:
+            if parts and not started:
                 started = True
                 metrics.FIRST_TOKEN_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
-            pieces, end = await reply.next()
-        error = error_of(end)
-        if error is None:
-            body += shape.closing(pieces, end)
-        else:
-            body += shape.events(pieces) + shape.error_event(error)
-        await send({"type": "http.response.body", "body": body})
-        return end
+            parts = await reply.next()
+        in_order = [ends[choice] for choice in sorted(ends)]
+        await send({"type": "http.response.body", "body": body + shape.closing(in_order)})
+        return in_order
 
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)

@@ -21,7 +21,7 @@ from frontend.parameters import (
     stop_strings,
 )
 from pipeline.errors import RequestError
-from pipeline.messages import FailureKind, Prompt, Sampling
+from pipeline.messages import FailureKind, Logprobs, Prompt, Sampling
 
 Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
@@ -163,6 +163,7 @@ class Lorax:
             keep_stop=True,
             ignore_eos=bool(parameters.ignore_eos_token or parameters.ignore_eos),
             token_details=streamed or bool(parameters.details),
+            logprobs=Logprobs() if streamed or parameters.details else None,
             tenant=tenant_of(parameters.api_token, authorization),
         )
         asked = Asked(

@@ -1,5 +1,6 @@
 """OpenAI's requests: what they say, what of it is honoured, and the Call that comes of it."""
 
+import re
 from array import array
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -11,7 +12,16 @@ from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
-from frontend.openai_replies import ChatShape, CompletionShape, http_error, refusal
+from frontend.openai_choices import Choices, Shown
+from frontend.openai_logprobs import ChatLogprobs, CompletionLogprobs
+from frontend.openai_replies import (
+    ChatShape,
+    CompletionShape,
+    Identity,
+    Shape,
+    http_error,
+    refusal,
+)
 from frontend.parameters import (
     MAX_SEED,
     MalformedJson,
@@ -21,19 +31,17 @@ from frontend.parameters import (
     random_seed,
     stop_strings,
 )
+from pipeline.choices import seed_of
 from pipeline.errors import RequestError
-from pipeline.messages import Prompt, Sampling
+from pipeline.messages import MAX_TOP_LOGPROBS, Logprobs, Prompt, Sampling
 
+MAX_BIASES = 300  # OpenAI's
+MAX_TOKEN_ID = (1 << 31) - 1
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat goes on as long as it fits
 
 # Options that change the answer and are not implemented -> the values that ask for nothing.
 # null asks for nothing everywhere.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "logit_bias": ({},),
     "suffix": ("",),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -59,8 +67,10 @@ EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
 
 Probability = Annotated[float, Meta(ge=0, le=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+Top = Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)]
+Bias = Annotated[float, Meta(ge=-100, le=100)]
 Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
-TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 
 
 class Part(msgspec.Struct, forbid_unknown_fields=True):
@@ -102,6 +112,8 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Count | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
+    n: Count | None = None
+    logit_bias: Annotated[dict[str, Bias], Meta(max_length=MAX_BIASES)] | None = None
     # not OpenAI's
     top_k: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] | None = None  # -1 and 0: off
     min_p: Probability | None = None
@@ -109,13 +121,11 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     ignore_eos: bool | None = None
     ignore_eos_token: bool | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
+    stop_token_ids: list[TokenId] | None = None
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
-    # see NOT_IMPLEMENTED
-    n: Any = None
-    logprobs: Any = None
-    logit_bias: Any = None
     # ignored, since they do not change the answer
     user: Any = None
     metadata: Any = None
@@ -131,8 +141,9 @@ class ChatRequest(Request, kw_only=True):
 
     messages: list[ChatMessage]
     max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Top | None = None
     # see NOT_IMPLEMENTED
-    top_logprobs: Any = None
     tools: Any = None
     tool_choice: Any = None
     functions: Any = None
@@ -152,22 +163,33 @@ class CompletionRequest(Request, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | TokenId | list[TokenId]]
+    max_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None  # 0: the prompt alone
     echo: bool | None = None
+    logprobs: Top | None = None
+    best_of: Count | None = None
     # see NOT_IMPLEMENTED
-    best_of: Any = None
     suffix: Any = None
 
 
 class OpenAI:
     """The OpenAI family of routes.
 
-    base_model  the id that the base model is listed under
+    base_model   the id that the base model is listed under
+    max_choices  of all prompts of a request together
     """
 
-    def __init__(self, *, base_model: str, adapters: AdapterNames, max_stop_sequences: int) -> None:
+    def __init__(
+        self,
+        *,
+        base_model: str,
+        adapters: AdapterNames,
+        max_stop_sequences: int,
+        max_choices: int,
+    ) -> None:
         self._base_model = base_model
         self._adapters = adapters
         self._max_stop_sequences = max_stop_sequences
+        self._max_choices = max_choices
         self._chats = msgspec.json.Decoder(ChatRequest)
         self._completions = msgspec.json.Decoder(CompletionRequest)
 
@@ -189,30 +211,67 @@ class OpenAI:
 
     def _chat(self, request: ChatRequest, authorization: str | None) -> Call:
         prompt = self._prompt(request, authorization)
+        logprobs = _chat_logprobs(request)
         prompt = msgspec.structs.replace(
-            prompt, chat=_messages(request.messages), max_tokens=_max_chat_tokens(request)
+            prompt,
+            chat=_messages(request.messages),
+            max_tokens=_max_chat_tokens(request),
+            logprobs=logprobs,
+            token_details=logprobs is not None,
+            choices=self._checked_choices("n", request.n or 1),
         )
-        shape = ChatShape(
-            model=request.model or self._base_model, include_usage=_include_usage(request)
-        )
-        return Call(prompt, shape, bool(request.stream))
+        _check_min_tokens(prompt)
+        model, identity = request.model or self._base_model, Identity()
+        shapes: list[Shape] = [
+            ChatShape(
+                model=model,
+                include_usage=_include_usage(request),
+                index=index,
+                identity=identity,
+                logprobs=None if logprobs is None else ChatLogprobs(),
+            )
+            for index in range(prompt.choices)
+        ]
+        return _call(request, [prompt], shapes, Shown(made=prompt.choices, shown=prompt.choices))
 
     def _completion(self, request: CompletionRequest, authorization: str | None) -> Call:
-        text, token_ids = _one_prompt(request.prompt)
-        if request.echo and text is None:
-            raise ParameterError("echo", "`echo` needs a prompt that is a string")
+        texts = prompts_of(request.prompt)
+        shown = _shown(request, prompts=len(texts))
+        self._checked_choices("best_of" if request.best_of else "n", shown.prompts * shown.made)
+        wanted = request.max_tokens
         prompt = msgspec.structs.replace(
             self._prompt(request, authorization),
-            text=text,
-            token_ids=token_ids,
-            max_tokens=request.max_tokens or DEFAULT_COMPLETION_TOKENS,
+            max_tokens=DEFAULT_COMPLETION_TOKENS if wanted is None else max(1, wanted),
+            logprobs=_completion_logprobs(request, ranked=shown.made > shown.shown),
+            prompt_details=bool(request.echo),
+            choices=shown.made,
         )
-        shape = CompletionShape(
-            model=request.model or self._base_model,
-            include_usage=_include_usage(request),
-            echo=text if request.echo and text else "",
-        )
-        return Call(prompt, shape, bool(request.stream))
+        _check_min_tokens(prompt)
+        prompt = msgspec.structs.replace(prompt, token_details=prompt.logprobs is not None)
+        prompts = [
+            _one_of(prompt, one, first_choice=at * shown.made) for at, one in enumerate(texts)
+        ]
+        model, identity, top = request.model or self._base_model, Identity(), request.logprobs
+        shapes: list[Shape] = [
+            CompletionShape(
+                model=model,
+                include_usage=_include_usage(request),
+                index=index,
+                identity=identity,
+                logprobs=None if top is None else CompletionLogprobs(top),
+            )
+            for index in range(shown.prompts * shown.shown)
+        ]
+        return _call(request, prompts, shapes, shown)
+
+    def _checked_choices(self, parameter: str, choices: int) -> int:
+        if choices > self._max_choices:
+            raise ParameterError(
+                parameter,
+                f"a request has {self._max_choices} choices at most, of all prompts together. "
+                f"Given: {choices}",
+            )
+        return choices
 
     def _prompt(self, request: Request, authorization: str | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
@@ -227,6 +286,7 @@ class OpenAI:
             stop=stop_strings(request.stop, self._max_stop_sequences),
             ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
             tenant=tenant_of(request.api_token, authorization),
+            stop_token_ids=tuple(request.stop_token_ids or ()),
         )
 
     def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:
@@ -293,20 +353,89 @@ def _max_chat_tokens(request: ChatRequest) -> int | None:
     return old if new is None else new
 
 
-def _one_prompt(prompt: str | list[str | int | list[int]]) -> tuple[str | None, bytes | None]:
-    """The text or the token ids (int32[n]) of the one prompt that is given."""
-    only = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
-    if isinstance(only, str):
-        return only, None
-    listed = only if isinstance(only, list) else [only]
-    if not listed:
+def _call(request: Request, prompts: list[Prompt], shapes: list[Shape], shown: Shown) -> Call:
+    """One choice and nothing special is what most ask for, and takes the shortest way."""
+    prompt, *others = prompts
+    plain = shown == Shown() and not prompt.prompt_details
+    shape = shapes[0] if plain else Choices(shapes, shown)
+    return Call(prompt, shape, bool(request.stream), tuple(others))
+
+
+def _chat_logprobs(request: ChatRequest) -> Logprobs | None:
+    if request.logprobs:
+        return Logprobs(request.top_logprobs or 0)
+    if request.top_logprobs:
+        raise ParameterError("top_logprobs", "`top_logprobs` is allowed with `logprobs` only")
+    return None
+
+
+def _completion_logprobs(request: CompletionRequest, *, ranked: bool) -> Logprobs | None:
+    if request.logprobs is None:
+        return Logprobs() if ranked else None
+    return Logprobs(request.logprobs, request.logprobs if request.echo else None)
+
+
+def _shown(request: CompletionRequest, *, prompts: int) -> Shown:
+    shown = request.n or 1
+    made = request.best_of or shown
+    if made < shown:
+        raise ParameterError(
+            "best_of", f"`best_of` must be at least `n`. Given: {made} and {shown}"
+        )
+    if made > shown and request.stream:
+        raise ParameterError(
+            "best_of", "`best_of` above `n` is not supported when streaming: the best is not known"
+        )
+    return Shown(prompts=prompts, made=made, shown=shown, silent=request.max_tokens == 0)
+
+
+def _check_min_tokens(prompt: Prompt) -> None:
+    least, most = prompt.sampling.min_tokens, prompt.max_tokens
+    if most is not None and least > most:
+        raise ParameterError(
+            "min_tokens", f"`min_tokens` must be <= `max_tokens`. Given: {least} and {most}"
+        )
+
+
+def _logit_bias(given: dict[str, float]) -> tuple[tuple[int, float], ...]:
+    biases: dict[int, float] = {}
+    for name, value in given.items():
+        if not re.fullmatch("[0-9]{1,10}", name) or int(name) > MAX_TOKEN_ID:
+            raise ParameterError(
+                "logit_bias", f"`logit_bias` is by token id, as a string of digits. Given: `{name}`"
+            )
+        biases[int(name)] = value
+    return tuple(biases.items())
+
+
+def _one_of(prompt: Prompt, one: str | bytes, *, first_choice: int) -> Prompt:
+    """One of a request's prompts, which may be equal; but no two choices have the same seed."""
+    seed = seed_of(prompt.sampling.seed, first_choice)
+    return msgspec.structs.replace(
+        prompt,
+        text=one if isinstance(one, str) else None,
+        token_ids=None if isinstance(one, str) else one,
+        sampling=msgspec.structs.replace(prompt.sampling, seed=seed),
+    )
+
+
+def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | bytes]:
+    """Each a text or token ids (int32[n]): a prompt may be one of these, or a list of them."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not prompt:
         raise ParameterError("prompt", "`prompt` cannot be empty")
-    ids = [one for one in listed if isinstance(one, int)]
-    if len(ids) == len(listed):
-        return None, array("i", ids).tobytes()
-    if ids:
+    if all(isinstance(one, int) for one in prompt):
+        return [array("i", [one for one in prompt if isinstance(one, int)]).tobytes()]
+    return [_prompt_of(one) for one in prompt]
+
+
+def _prompt_of(one: str | int | list[int]) -> str | bytes:
+    if isinstance(one, int):
         raise ParameterError("prompt", "`prompt` mixes token ids with other things")
-    raise ParameterError("prompt", "several prompts in one request are not supported")
+    if not one:
+        raise ParameterError("prompt", "`prompt` cannot hold empty prompts")
+    return one if isinstance(one, str) else array("i", one).tobytes()
 
 
 def _sampling(request: Request) -> Sampling:
@@ -325,6 +454,8 @@ def _sampling(request: Request) -> Sampling:
         ),
         frequency_penalty=request.frequency_penalty or 0.0,
         presence_penalty=request.presence_penalty or 0.0,
+        logit_bias=_logit_bias(request.logit_bias or {}),
+        min_tokens=request.min_tokens or 0,
         seed=random_seed() if request.seed is None else request.seed & MAX_SEED,
     )
 

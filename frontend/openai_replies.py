@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
+from frontend.openai_logprobs import LogprobsShape
 from frontend.parameters import ParameterError
 from frontend.sse import DONE, event
 from pipeline.errors import RequestError
@@ -87,11 +88,21 @@ def _usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-class _Shape:
-    """What a chat completion and a completion have in common. Implements calls.ReplyShape.
+class Identity(msgspec.Struct, frozen=True):
+    """What all chunks and choices of a reply say of it."""
+
+    token: str = msgspec.field(default_factory=lambda: secrets.token_hex(12))  # of its id
+    created: int = msgspec.field(default_factory=lambda: int(time.time()))
+
+
+class Shape:
+    """A choice, as chat completions and completions have it. Implements calls.ReplyShape.
 
     model          as the client called it
     include_usage  whether the last chunk of a stream counts the tokens
+    index          of the choice in its reply
+    identity       of the reply, where it has several choices
+    logprobs       how those of its tokens are written down; None: they are not wanted
     """
 
     PREFIX: str  # of the id
@@ -101,29 +112,44 @@ class _Shape:
     AFTER_TEXT: bytes
     LAST_CHOICE: dict[str, Any]  # of a chunk that carries the finish reason
 
-    def __init__(self, *, model: str, include_usage: bool) -> None:
-        self._id = self.PREFIX + secrets.token_hex(12)
-        self._created = int(time.time())
+    def __init__(
+        self,
+        *,
+        model: str,
+        include_usage: bool,
+        index: int = 0,
+        identity: Identity | None = None,
+        logprobs: LogprobsShape | None = None,
+    ) -> None:
         self._model = model
         self._include_usage = include_usage
+        self._index = index
+        self._identity = identity or Identity()
+        self._logprobs = logprobs
         head = encode(self._object(self.CHUNK_OBJECT))[:-1] + b',"choices":['
-        self._before_text = b"data: " + head + b'{"index":0,' + self.BEFORE_TEXT
+        self._before_text = b'data: %b{"index":%d,%b' % (head, index, self.BEFORE_TEXT)
         usage = b',"usage":null' if include_usage else b""
-        self._after_text = self.AFTER_TEXT + b',"logprobs":null,"finish_reason":null}]'
-        self._after_text += usage + b"}\n\n"
+        self._before_logprobs = self.AFTER_TEXT + b',"logprobs":'
+        self._after_logprobs = b',"finish_reason":null}]' + usage + b"}\n\n"
+        self._after_text = self._before_logprobs + b"null" + self._after_logprobs
 
     def whole(self, pieces: list[Piece], end: End) -> HttpReply:
-        text = "".join([piece.text for piece in pieces])
-        choice = {
-            "index": 0,
-            **self._content(text),
-            "logprobs": None,
-            "finish_reason": FINISH_REASONS[end.reason],
+        return self.reply([self.choice(pieces, end)], end)
+
+    def choice(self, pieces: list[Piece], end: End) -> dict[str, Any]:
+        """It, in a reply that is not streamed."""
+        tokens = [token for piece in pieces for token in piece.tokens]
+        return {
+            "index": self._index,
+            **self._content(pieces),
+            "logprobs": None if self._logprobs is None else self._logprobs.of(tokens),
+            "finish_reason": self._finish_reason(pieces, end),
         }
-        return HttpReply(
-            200,
-            encode({**self._object(self.OBJECT), "choices": [choice], "usage": _usage(end.usage)}),
-        )
+
+    def reply(self, choices: list[dict[str, Any]], end: End) -> HttpReply:
+        """The whole reply, of which this choice may be one of several."""
+        reply = {**self._object(self.OBJECT), "choices": choices, "usage": _usage(end.usage)}
+        return HttpReply(200, encode(reply))
 
     def refusal(self, error: RequestError) -> HttpReply:
         return refusal(error)
@@ -136,30 +162,53 @@ class _Shape:
 
     def events(self, pieces: list[Piece]) -> bytes:
         """The bytes around the text are the same for each chunk, and made once."""
+        if self._logprobs is not None:
+            return b"".join(
+                [self._event(piece.text, self._logprobs.of(piece.tokens)) for piece in pieces]
+            )
         before, after = self._before_text, self._after_text
         return b"".join([before + encode(piece.text) + after for piece in pieces if piece.text])
 
     def closing(self, pieces: list[Piece], end: End) -> bytes:
+        return self.ending(pieces, end) + self.done(end)
+
+    def ending(self, pieces: list[Piece], end: End) -> bytes:
+        """The last of this choice."""
         choice = {
-            "index": 0,
+            "index": self._index,
             **self.LAST_CHOICE,
             "logprobs": None,
-            "finish_reason": FINISH_REASONS[end.reason],
+            "finish_reason": self._finish_reason(pieces, end),
         }
-        events = self.events(pieces) + self._chunk([choice])
-        if self._include_usage:
-            events += self._chunk([], usage=_usage(end.usage))
-        return events + DONE
+        return self.events(pieces) + self._chunk([choice])
+
+    def done(self, end: End) -> bytes:
+        """After the last of all choices; the end is theirs."""
+        if not self._include_usage:
+            return DONE
+        return self._chunk([], usage=_usage(end.usage)) + DONE
 
     def error_event(self, error: RequestError) -> bytes:
         return event(_error_of(error))
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
         """What the choice of a whole reply holds the text in."""
         raise NotImplementedError
 
+    def _finish_reason(self, pieces: list[Piece], end: End) -> str:
+        return FINISH_REASONS[end.reason]
+
+    def _event(self, text: str, logprobs: dict[str, Any]) -> bytes:
+        before, after = self._before_text, self._before_logprobs
+        return before + encode(text) + after + encode(logprobs) + self._after_logprobs
+
     def _object(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {
+            "id": self.PREFIX + self._identity.token,
+            "object": kind,
+            "created": self._identity.created,
+            "model": self._model,
+        }
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
         chunk = {**self._object(self.CHUNK_OBJECT), "choices": choices}
@@ -168,7 +217,7 @@ class _Shape:
         return event(encode(chunk))
 
 
-class ChatShape(_Shape):
+class ChatShape(Shape):
     """A chat completion."""
 
     PREFIX = "chatcmpl-"
@@ -180,14 +229,16 @@ class ChatShape(_Shape):
 
     def opening(self) -> bytes:
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
+        choice = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._chunk([choice])
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        text = "".join([piece.text for piece in pieces])
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
 
-class CompletionShape(_Shape):
-    """A completion. With `echo`, the prompt comes before its text."""
+class CompletionShape(Shape):
+    """A completion."""
 
     PREFIX = "cmpl-"
     OBJECT = CHUNK_OBJECT = "text_completion"
@@ -195,12 +246,8 @@ class CompletionShape(_Shape):
     AFTER_TEXT = b""
     LAST_CHOICE = {"text": ""}
 
-    def __init__(self, *, model: str, include_usage: bool, echo: str = "") -> None:
-        super().__init__(model=model, include_usage=include_usage)
-        self._echo = echo
-
     def opening(self) -> bytes:
-        return self._before_text + encode(self._echo) + self._after_text if self._echo else b""
+        return b""
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": self._echo + text}
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        return {"text": "".join([piece.text for piece in pieces])}

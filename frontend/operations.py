@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from frontend.adapters import UsedAdapters, scope_of, source_token, written
@@ -18,6 +19,8 @@ from frontend.parameters import ParameterError
 from frontend.processes import Processes
 from pipeline.adapter_roots import list_local
 from pipeline.config import Settings
+from pipeline.errors import RequestError
+from pipeline.messages import FailureKind
 from pipeline.metrics import exposition, snapshot
 
 METRICS_TYPE = ((b"content-type", CONTENT_TYPE_PLAIN_0_0_4.encode()),)
@@ -104,6 +107,22 @@ class Operations:
         adapters = [self._model(name, root, base) for name, root in roots_of.items()]
         models = [self._model(base, base, None), *adapters]
         return HttpReply(200, encode({"object": "list", "data": models}))
+
+    async def model(self, request: Request) -> HttpReply:
+        """One of the list; its id may hold slashes."""
+        name = request.path_params["model"]
+        if not name:
+            raise HTTPException(404)
+        listed = await self.models(request)
+        if listed.status != 200:
+            return listed
+        for model in msgspec.json.decode(listed.body)["data"]:
+            if model["id"] == name:
+                return HttpReply(200, encode(model))
+        unknown = RequestError(
+            404, FailureKind.ADAPTER_NOT_FOUND, f"The model `{name}` is not known here"
+        )
+        return refusal(unknown)
 
     def _model(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ request whose client has gone are still on their way when it is closed.
 
 from collections.abc import Callable
 
-from pipeline.messages import End, Failure, FinishReason, Piece, Pieces, Usage
+from pipeline.messages import End, Failure, FinishReason, Piece, Pieces, PromptDetails, Usage
 
 
 class Stream:
@@ -17,15 +17,20 @@ class Stream:
     streamed  see wake
     """
 
-    __slots__ = ("_end", "_pieces", "_streamed", "_wake", "ended", "request_id")
+    __slots__ = ("_end", "_pieces", "_streamed", "_wake", "ended", "prompt", "request_id")
 
     def __init__(self, request_id: int, *, wake: Callable[[], None], streamed: bool) -> None:
         self.request_id = request_id
         self.ended = False  # its end has come, taken or not
+        self.prompt: PromptDetails | None = None  # comes before the first piece, if wanted
         self._pieces: list[Piece] = []
         self._end: End | None = None
         self._wake = wake
         self._streamed = streamed
+
+    @property
+    def failed(self) -> bool:
+        return self._end is not None and self._end.reason == FinishReason.ERROR
 
     def push(self, piece: Piece) -> None:
         if self.ended:
@@ -84,6 +89,11 @@ class Streams:
             stream = streams.get(end.request_id)
             if stream is not None:
                 stream.finish(end)
+
+    def tell_prompt(self, message: PromptDetails) -> None:
+        stream = self._streams.get(message.request_id)
+        if stream is not None:
+            stream.prompt = message
 
     def fail(self, failure: Failure) -> list[int]:
         """End all that have not ended, for our own reason; gives their request ids."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpu_worker.attention import StepSequences
 from gpu_worker.kernels.segments import Segment, make_segments
-from gpu_worker.rows import RowTable
+from gpu_worker.rows import NO_LOGPROBS, RowTable
 from pipeline.messages import Step
 
 Ints = NDArray[np.int64]
@@ -27,6 +27,7 @@ class HostBatch(NamedTuple):
     sampled_rows: Ints  # [sampled]
     sequences: StepSequences
     segments: list[Segment]
+    scored: Ints  # [scored], indices of tokens, in the order of StepDone
 
 
 def make_batch(step: Step, rows: RowTable) -> HostBatch:
@@ -60,6 +61,7 @@ def make_batch(step: Step, rows: RowTable) -> HostBatch:
             page_table=rows.page_table[row, :blocks],
         ),
         segments=make_segments(rows.slot[row], count),
+        scored=_scored(chunk_order, (ends - count)[len(decode) :], chunks, rows),
     )
 
 
@@ -77,3 +79,18 @@ def _sampled(
         np.concatenate((of_decode, of_chunk[ending])),
         np.concatenate((decode, chunks[ending, 0])),
     )
+
+
+def _scored(chunk_order: Ints, first: Ints, chunks: Ints, rows: RowTable) -> Ints:
+    """Tokens that give the log-probability of the one after them, in the order of the chunks.
+    first[i] is the first token of the i-th chunk of the batch."""
+    row, start, count = chunks[:, 0], chunks[:, 1], chunks[:, 2]
+    wanted = rows.prompt_top[row] != NO_LOGPROBS
+    if not wanted.any():
+        return np.empty(0, np.int64)
+    first_of = np.empty_like(first)
+    first_of[chunk_order] = first
+    scored = np.where(wanted, np.minimum(count, rows.prompt_tokens[row] - 1 - start), 0).clip(min=0)
+    return np.concatenate(
+        [np.arange(at, at + n) for at, n in zip(first_of.tolist(), scored.tolist(), strict=True)]
+    ).astype(np.int64)

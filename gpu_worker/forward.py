@@ -18,6 +18,7 @@ from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.layers import BaseLinears, LayerOps
+from gpu_worker.logprobs import PromptScores
 from gpu_worker.models.decoder import Decoder, Pass
 from gpu_worker.rows import RowTable
 
@@ -25,10 +26,16 @@ from gpu_worker.rows import RowTable
 class Forward(Protocol):
     """Owns what a pass reads and writes beside the history."""
 
-    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
+    def run(
+        self,
+        host: HostBatch,
+        history: History,
+        started: Callable[[], None],
+        scores: PromptScores | None = None,
+    ) -> Tensor:
         """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then. They
         stand until the next run. `started` is called before the model is launched, behind what
-        can be done for the step without the device."""
+        can be done for the step without the device. `scores` takes what it wants to know."""
         ...
 
     def pages_changed(
@@ -63,7 +70,13 @@ class EagerForward:
         self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
+    def run(
+        self,
+        host: HostBatch,
+        history: History,
+        started: Callable[[], None],
+        scores: PromptScores | None = None,
+    ) -> Tensor:
         started()
         positions = self._tensor(host.positions)
         segments = host.segments
@@ -80,6 +93,7 @@ class EagerForward:
             if segments
             else BaseLinears(),
             enter=None if arrivals is None else arrivals.enter,
+            score=None if scores is None else scores.take,
         )
         return self._decoder.forward(step)
 
@@ -113,9 +127,15 @@ class GraphedForward:
         self._adapters = adapters
         self._device = device
 
-    def run(self, host: HostBatch, history: History, started: Callable[[], None]) -> Tensor:
-        if not self.graphs.holds(host):
-            return self._eager.run(host, history, started)
+    def run(
+        self,
+        host: HostBatch,
+        history: History,
+        started: Callable[[], None],
+        scores: PromptScores | None = None,
+    ) -> Tensor:
+        if not self.graphs.holds(host):  # nor any that has a prompt to score
+            return self._eager.run(host, history, started, scores)
         arrivals = self._adapters.arrivals(host.segments)
         if arrivals is not None:
             arrivals.enter_all()

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pipeline.messages import NewRow, Sampling, Step
+from pipeline.messages import Logprobs, NewRow, Sampling, Step
 
 SHORTEST = 16
-GREEDY, DRAWN = Sampling(temperature=0.0), Sampling(temperature=1.0, top_p=0.9, seed=1)
+GREEDY = Sampling(temperature=0.0)
+DRAWN = Sampling(temperature=1.0, top_p=0.9, seed=1, logit_bias=((0, -1.0),))
+LOGPROBS = Logprobs(1, prompt_top=1)  # of those that are drawn
 PREFILLED, DECODED = 0, 1  # rows
 DECODED_TOKENS = 2
 
@@ -53,7 +55,7 @@ def _new_row(row: int, slot: int, length: int, blocks: range, sampling: Sampling
         cached_tokens=0,
         blocks=_ints(blocks),
         sampling=sampling,
-        logprobs=False,
+        logprobs=LOGPROBS if sampling is DRAWN else None,
     )
 
 

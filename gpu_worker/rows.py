@@ -6,7 +6,8 @@ Its tokens are not here but in the history, on the device: the host runs ahead o
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.messages import NewRow
+from gpu_worker.biases import Biases
+from pipeline.messages import Logprobs, NewRow
 
 SAMPLING = np.dtype(
     [
@@ -20,7 +21,10 @@ SAMPLING = np.dtype(
         ("presence_penalty", np.float32),
         ("seed", np.uint64),
     ]
-)  # messages.Sampling, field by field
+)  # messages.Sampling, field by field, but for what Biases hold
+
+
+NO_LOGPROBS = -1
 
 
 class RowTable:
@@ -39,11 +43,14 @@ class RowTable:
         self.blocks = np.zeros(rows, np.int64)  # entries of its page table
         self.page_table = np.zeros((rows, -(-row_tokens // block_tokens)), np.int64)
         self.sampling = np.zeros(rows, SAMPLING)
-        self.logprobs = np.zeros(rows, np.bool_)
+        self.biases = Biases()
+        self.top = np.full(rows, NO_LOGPROBS, np.int64)  # of produced tokens
+        self.prompt_top = np.full(rows, NO_LOGPROBS, np.int64)
 
     def free(self, rows: NDArray[np.int32]) -> None:
         self.length[rows] = 0
         self.blocks[rows] = 0
+        self.biases.free(rows.tolist())
 
     def take(self, new: NewRow) -> NDArray[np.int64]:
         """Give a row to a sequence. Returns its blocks that hold nothing of it yet."""
@@ -56,7 +63,8 @@ class RowTable:
         self.blocks[row] = len(blocks)
         self.page_table[row, : len(blocks)] = blocks
         self.sampling[row] = tuple(getattr(new.sampling, name) for name in SAMPLING.names or ())
-        self.logprobs[row] = new.logprobs
+        self.biases.take(new)
+        self.top[row], self.prompt_top[row] = _tops(new.logprobs)
         return blocks[-(-new.cached_tokens // self._block_tokens) :]
 
     def append_blocks(self, rows: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
@@ -76,3 +84,9 @@ class RowTable:
         if (blocks >= self.blocks[rows]).any():
             raise ValueError("a step feeds a token that its row has no block for")
         return self.page_table[rows, blocks] * self._block_tokens + positions % self._block_tokens
+
+
+def _tops(wanted: Logprobs | None) -> tuple[int, int]:
+    if wanted is None:
+        return NO_LOGPROBS, NO_LOGPROBS
+    return wanted.top, NO_LOGPROBS if wanted.prompt_top is None else wanted.prompt_top

@@ -1,6 +1,6 @@
 """Choosing the next token of each row, vectorised over rows.
 
-In the order of LoRAX and Hugging Face: repetition penalty, frequency and presence penalty,
+In the order of LoRAX and Hugging Face: bias, repetition penalty, frequency and presence penalty,
 temperature, top_k, top_p, typical_p, min_p, draw. What a row gets does not depend on the others
 of its batch: its logits are its own, its random number comes from its seed and position.
 """
@@ -12,9 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpu_worker.biases import StepBiases, biased
 from gpu_worker.cumulative import first_beyond
 from gpu_worker.device import to_device
 from gpu_worker.filters import filter_
+from gpu_worker.logprobs import logprob_rows
 from gpu_worker.randomness import uniform
 
 NOT_FINITE = -1
@@ -28,15 +30,17 @@ class SampledRows(NamedTuple):
     history: Tensor  # int32[all rows, tokens]: prompt, then output
     lengths: NDArray[np.int64]  # [sampled], tokens in history
     prompt_tokens: NDArray[np.int64]  # [sampled], the first of them
-    logprobs: NDArray[np.bool_]  # [sampled], who wants one
+    logprobs: NDArray[np.bool_]  # [sampled], who wants them
+    top: int = 0  # log-probabilities of the likeliest tokens, besides the chosen one's
+    biases: StepBiases | None = None
 
 
 def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
     """Choose a token for each row, without waiting for the device.
 
     logits   [sampled, vocabulary], compute dtype; not changed
-    returns  tokens int64[sampled], -1 where the logits are not finite; and what `logprobs` gives,
-             or None when no row wants it
+    returns  tokens int64[sampled], -1 where the logits are not finite; and rows of
+             pipeline.logprobs for those that want them, or None when nobody does
     """
     params = rows.params
     penalised = (
@@ -44,9 +48,9 @@ def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
         | (params["frequency_penalty"] != 0)
         | (params["presence_penalty"] != 0)
     )
-    scores = logits
+    scores = logits if rows.biases is None else biased(logits, rows.biases)
     if penalised.any():
-        scores = logits.float()
+        scores = scores.float()
         indices = np.flatnonzero(penalised)
         at = to_device(indices, logits.device)
         scores = scores.index_copy(0, at, penalise(scores[at], _only(rows, indices)))
@@ -57,7 +61,10 @@ def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
         at = to_device(drawn, logits.device)
         tokens.index_copy_(0, at, draw(scores[at].float(), _only(rows, drawn)))
     tokens = tokens.where(finite, NOT_FINITE)
-    return tokens, logprobs(logits, tokens, rows.logprobs) if rows.logprobs.any() else None
+    if not rows.logprobs.any():
+        return tokens, None
+    at = to_device(np.flatnonzero(rows.logprobs), logits.device)
+    return tokens, logprob_rows(logits[at], tokens[at], rows.top)
 
 
 def penalise(scores: Tensor, rows: SampledRows) -> Tensor:
@@ -98,16 +105,6 @@ def draw(scores: Tensor, rows: SampledRows) -> Tensor:
     scores -= scores.amax(-1, keepdim=True)
     numbers = to_device(uniform(rows.params["seed"], rows.lengths), device)
     return first_beyond(scores.exp_(), numbers[:, None])[:, 0]
-
-
-def logprobs(logits: Tensor, tokens: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
-    """The log-probability of each chosen token under the model itself, before penalties,
-    temperature and filters; 0 where nobody wants it or the logits are not finite. fp32[n]."""
-    at = to_device(np.flatnonzero(wanted), logits.device)
-    chosen, exact = tokens[at], logits[at].float()
-    of_chosen = exact.gather(1, chosen.clamp(min=0)[:, None])[:, 0] - exact.logsumexp(-1)
-    values = torch.zeros(len(tokens), device=logits.device)
-    return values.index_copy_(0, at, of_chosen.where(chosen != NOT_FINITE, 0.0))
 
 
 def _only(rows: SampledRows, indices: NDArray[np.int64]) -> SampledRows:

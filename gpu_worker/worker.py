@@ -22,7 +22,8 @@ from gpu_worker.device import to_device
 from gpu_worker.figures import Figures
 from gpu_worker.forward import Forward
 from gpu_worker.history import History
-from gpu_worker.rows import RowTable
+from gpu_worker.logprobs import PromptScores
+from gpu_worker.rows import NO_LOGPROBS, RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
 from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
@@ -38,7 +39,7 @@ class Launched:
         self._launched = time.perf_counter()
         self._decode_rows = b"" if step.prefill else step.decode_rows
         self._tokens: Tensor | None = None
-        self._logprobs: Tensor | None = None
+        self._logprobs: list[Tensor] = []
         self._start: Moment | None = None
         self._end: Moment | None = None
 
@@ -46,10 +47,13 @@ class Launched:
         """What has been launched so far prepares it; now tokens go through the model."""
         self._start = Moment(self._device)
 
-    def gives(self, tokens: Tensor, logprobs: Tensor | None) -> None:
-        """Start to copy what was sampled to the host: int64[n] and fp32[n]."""
+    def gives(self, tokens: Tensor) -> None:
+        """Start to copy what was sampled to the host: int64[n]."""
         self._tokens = tokens.int().to("cpu", non_blocking=True)
-        self._logprobs = None if logprobs is None else logprobs.to("cpu", non_blocking=True)
+
+    def gives_logprobs(self, rows: Tensor) -> None:
+        """Start to copy rows of pipeline.logprobs to the host; behind those that came before."""
+        self._logprobs.append(rows.to("cpu", non_blocking=True))
 
     def ends(self) -> None:
         """Nothing more will be launched for it."""
@@ -79,7 +83,7 @@ class Launched:
         return StepDone(
             self._step_id,
             b"" if self._tokens is None else self._tokens.numpy().tobytes(),
-            b"" if self._logprobs is None else self._logprobs.numpy().tobytes(),
+            b"".join(rows.numpy().tobytes() for rows in self._logprobs),
             index=self._index,
         )
 
@@ -145,9 +149,7 @@ class Worker:
         self._change(step)
         if step.decode_rows or step.prefill:
             host = make_batch(step, self.rows)
-            logits = self._forward.run(host, self.history, launched.starts)
-            if len(host.sampled_rows):
-                launched.gives(*self._sample(host, logits))
+            self._compute(host, launched)
             self._count_tokens(host)
         launched.ends()
         return launched
@@ -157,8 +159,7 @@ class Worker:
         """Run a step that is not counted and whose tokens nobody wants."""
         self._change(step)
         if step.decode_rows or step.prefill:
-            host = make_batch(step, self.rows)
-            self._sample(host, self._forward.run(host, self.history, lambda: None))
+            self._compute(make_batch(step, self.rows), Launched(step, self._index, self._device))
 
     @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
@@ -191,15 +192,49 @@ class Worker:
             self.history.write(new.row, np.frombuffer(new.token_ids, np.int32).copy())
         return [self.rows.take(new) for new in new_rows]
 
-    def _sample(self, host: HostBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _compute(self, host: HostBatch, launched: Launched) -> None:
+        """The step's tokens, and the log-probabilities that its rows want."""
+        top = self._top(host)
+        scores = self._scores(host, top) if len(host.scored) else None
+        logits = self._forward.run(host, self.history, launched.starts, scores)
+        if len(host.sampled_rows):
+            tokens, logprobs = self._sample(host, logits, top)
+            launched.gives(tokens)
+            if logprobs is not None:
+                launched.gives_logprobs(logprobs)
+        if scores is not None and scores.rows is not None:
+            launched.gives_logprobs(scores.rows)
+
+    def _top(self, host: HostBatch) -> int:
+        """What the rows of log-probabilities of this step hold: what the one who wants most does,
+        since they are equally long."""
+        most = int(self.rows.top[host.sampled_rows].max(initial=0))
+        if not len(host.scored):
+            return most
+        return max(most, int(self.rows.prompt_top[host.token_rows[host.scored]].max()))
+
+    def _scores(self, host: HostBatch, top: int) -> PromptScores:
+        scored = host.scored
+        return PromptScores(
+            scored=self._tensor(scored),
+            rows=self._tensor(host.token_rows[scored]),
+            positions=self._tensor(host.positions[scored] + 1),
+            history=self.history,
+            top=top,
+        )
+
+    def _sample(self, host: HostBatch, logits: Tensor, top: int) -> tuple[Tensor, Tensor | None]:
         table, rows = self.rows, host.sampled_rows
+        lengths = table.length[rows]
         sampled = SampledRows(
             params=table.sampling[rows],
             rows=rows,
             history=self.history.tokens,
-            lengths=table.length[rows],
+            lengths=lengths,
             prompt_tokens=table.prompt_tokens[rows],
-            logprobs=table.logprobs[rows],
+            logprobs=table.top[rows] != NO_LOGPROBS,
+            top=top,
+            biases=table.biases.of_step(rows, lengths),
         )
         tokens, logprobs = sample(logits, sampled)
         self.history.append(self._tensor(rows), self._tensor(sampled.lengths), tokens)

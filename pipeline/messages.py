@@ -12,6 +12,7 @@ import msgspec
 MERGED = "merged"  # the source of adapters that are merged from others
 SECRET = frozenset({"adapter_token"})  # fields of messages
 REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
+MAX_TOP_LOGPROBS = 20
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
@@ -156,15 +157,43 @@ class Sampling(Value, frozen=True):
     frequency_penalty: float = 0.0  # over output, as OpenAI counts
     presence_penalty: float = 0.0
     seed: int = 0  # uint64
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
+    min_tokens: int = 0  # produced before a token that ends it may be
 
 
-class TokenDetail(Value, frozen=True):
-    """One produced token, for clients that ask for tokens."""
+class Logprobs(Value, frozen=True):
+    """Which log-probabilities a request wants: of its produced tokens, and those of its prompt.
+
+    They are the log softmax of the model's own logits: before bias, penalties, temperature and
+    filters. `top` tokens that are the likeliest at each place come beside them.
+    """
+
+    top: int = 0  # at most MAX_TOP_LOGPROBS
+    prompt_top: int | None = None  # the same for the prompt's tokens; None: nothing of these
+
+
+class Alternative(Value, frozen=True):
+    """A token that might have stood where another does. Its text is its own, see TokenDetail."""
 
     id: int
     text: str
-    logprob: float | None
+    logprob: float
+    data: bytes | None = None
+
+
+class TokenDetail(Value, frozen=True):
+    """One token, for clients that ask for tokens.
+
+    text is what the token adds to that of those before it, in whole characters; data, its own
+    bytes, where these are not those of the text.
+    """
+
+    id: int
+    text: str
+    logprob: float | None  # None also of a prompt's first token
     special: bool
+    alternatives: tuple[Alternative, ...] = ()  # likeliest first, the token itself among them
+    data: bytes | None = None
 
 
 class Usage(Value, frozen=True):
@@ -202,6 +231,10 @@ class Prompt(Message, frozen=True):
     token_details: bool = False  # send a TokenDetail per token
     add_special_tokens: bool = True
     tenant: str = ""  # a digest of who asks; empty for those who do not say
+    logprobs: Logprobs | None = None  # they come in the details of tokens
+    prompt_details: bool = False  # send the prompt's text back, and its tokens if logprobs has them
+    choices: int = 1  # replies; see pipeline.choices
+    stop_token_ids: tuple[int, ...] = ()  # each is an end as EOS is, whatever ignore_eos says
 
 
 class Cancel(Message, frozen=True):
@@ -243,8 +276,10 @@ class Submit(Message, frozen=True):
     adapter_token: str | None = None
     sampling: Sampling = Sampling()
     ignore_eos: bool = False
-    logprobs: bool = False
+    logprobs: Logprobs | None = None
     tenant: str = ""  # as of the prompt
+    choices: int = 1  # requests: this one and those whose ids follow; see pipeline.choices
+    stop_token_ids: tuple[int, ...] = ()  # besides EOS
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -398,7 +433,8 @@ class NewRow(Value, frozen=True):
     cached_tokens: int
     blocks: bytes
     sampling: Sampling
-    logprobs: bool
+    logprobs: Logprobs | None
+    end_token_ids: tuple[int, ...] = ()  # not to be sampled before sampling.min_tokens
 
 
 class Step(Message, frozen=True):
@@ -410,6 +446,9 @@ class Step(Message, frozen=True):
     position. A prefill chunk feeds token_ids[start : start + count] of its row. A token is sampled
     for each decode row, in order, then for each chunk that reaches the end of its row's token_ids,
     in order. A row occurs once in a step.
+
+    A row that wants the log-probabilities of its prompt is scored in each chunk: each token but the
+    prompt's last gives that of the token after it.
     """
 
     step_id: int  # counts up from 1
@@ -444,7 +483,8 @@ class StepDone(Message, frozen=True):
 
     step_id: int
     token_ids: bytes
-    logprobs: bytes = b""  # float32[sampled], or empty when no row of the step wants them
+    logprobs: bytes = b""  # rows of pipeline.logprobs: of sampled tokens that want them, in order,
+    # then of the scored tokens of each chunk, in order
     index: int = 0
 
 
@@ -536,8 +576,18 @@ class Tokens(Message, frozen=True):
 
     request_ids: list[int]
     token_ids: list[int]
-    logprobs: list[float]  # as long as token_ids, or empty
+    logprobs: dict[int, bytes]  # of token_ids[i], a row of pipeline.logprobs, where it is wanted
     finished: tuple[Finished, ...] = ()
+
+
+class PromptLogprobs(Message, frozen=True):
+    """scheduler -> tokenizer_workers: of tokens of a prompt. Those before them have been sent.
+
+    The first is of the prompt's second token, and the last comes before what is produced.
+    """
+
+    request_id: int
+    rows: list[bytes]  # of pipeline.logprobs
 
 
 # --- tokenizer_workers -> frontend ---------------------------------------------------------------
@@ -558,6 +608,17 @@ class End(Value, frozen=True):
     reason: FinishReason
     usage: Usage
     failure: Failure | None = None
+
+
+class PromptDetails(Message, frozen=True):
+    """tokenizer_workers -> frontend: what a prompt is. Comes before its reply.
+
+    Of a request with several choices it is told once, under the first's id.
+    """
+
+    request_id: int
+    text: str  # without the special tokens that the tokenizer puts around it
+    tokens: tuple[TokenDetail, ...] = ()  # if their log-probabilities are wanted
 
 
 class Pieces(Message, frozen=True):
@@ -586,8 +647,8 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
-ToFrontend = Pieces | ProcessReady | Stats | Aliases | AdminDone | AdapterList
-ToTokenizerWorker = Prompt | Cancel | Tokens | Shutdown
+ToFrontend = Pieces | PromptDetails | ProcessReady | Stats | Aliases | AdminDone | AdapterList
+ToTokenizerWorker = Prompt | Cancel | Tokens | PromptLogprobs | Shutdown
 ToScheduler = (
     Prefetch
     | Submit

@@ -97,7 +97,7 @@ class Loop:
             case Submit():
                 self._core.submit(message, now)
             case Cancel():
-                self._core.cancel(message)
+                self._core.cancel(message, now)
             case Prefetch():
                 self._core.prefetch(message, now)
             case AdapterStaged():

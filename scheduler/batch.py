@@ -3,10 +3,10 @@
 from bisect import insort
 
 from pipeline.messages import NewRow
-from scheduler.kv_blocks import KvBlocks
+from scheduler.kv_blocks import NEVER, KvBlocks
 from scheduler.policy import by_order, discard
 from scheduler.sequence import Sequence
-from scheduler.step_plan import StepPlan, pack
+from scheduler.step_plan import Scored, StepPlan, pack
 
 
 class Batch:
@@ -74,7 +74,13 @@ class Batch:
         preempted at once. `slot` is the adapter's, or -1.
         """
         root = (sequence.adapter, sequence.content)
-        table = self.kv.open(root, sequence.token_ids, reserve=len(self._running))
+        wanted = sequence.wanted_logprobs
+        table = self.kv.open(
+            root,
+            sequence.token_ids,
+            reserve=len(self._running),
+            share=NEVER if wanted is None or wanted.prompt_top is None else sequence.scored,
+        )
         if table is None:
             self._blocks_ran_out = True
             return 0
@@ -140,6 +146,8 @@ class Batch:
         count = min(sequence.prefill_end - sequence.fed, budget, self._chunk_tokens)
         plan.chunks += (sequence.row, sequence.fed, count)
         plan.chunked.append(sequence)
+        if sequence.logprobs is not None and sequence.logprobs.prompt_top is not None:
+            _score(sequence, plan, count)
         sequence.fed += count
         if sequence.fed == sequence.prefill_end:
             discard(self._prefilling, sequence)
@@ -156,5 +164,15 @@ def _new_row(sequence: Sequence, slot: int, blocks: list[int]) -> NewRow:
         cached_tokens=sequence.fed,
         blocks=pack(blocks),
         sampling=sequence.sampling,
-        logprobs=sequence.logprobs,
+        logprobs=sequence.wanted_logprobs,
+        end_token_ids=tuple(sorted(sequence.eos)) if sequence.sampling.min_tokens else (),
     )
+
+
+def _score(sequence: Sequence, plan: StepPlan, count: int) -> None:
+    """Of the next `count` tokens, those that the worker scores: see Step."""
+    wanted = sequence.wanted_logprobs
+    assert wanted is not None
+    scored = min(count, sequence.prompt_tokens - 1 - sequence.fed)
+    if wanted.prompt_top is not None and scored > 0:
+        plan.scored.append(Scored(sequence, sequence.fed, scored))

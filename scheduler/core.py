@@ -55,6 +55,7 @@ from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
+from scheduler.token_logprobs import StepLogprobs
 
 MAX_STEPS_IN_FLIGHT = 2
 
@@ -126,7 +127,8 @@ class Scheduler:
             pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
         )
         for sequence in list(self._sequence_of.values()):
-            self._check_fits(sequence, now)
+            if not sequence.ended:  # with another that it followed
+                self._check_fits(sequence, now)
         self._attach_arena()
 
     def arena_ready(self, message: ArenaReady) -> None:
@@ -137,10 +139,8 @@ class Scheduler:
         self._adapters.prefetch(message, now)
 
     def submit(self, message: Submit, now: float) -> None:
-        self._submitted += 1
-        sequence = Sequence(message, order=self._submitted, eos=self._eos)
-        self._sequence_of[sequence.request_id] = sequence
-        self._unstarted[sequence.tenant] += 1
+        sequence = self._take(message)
+        self._wait_to_start(sequence)
         if self._worker is not None and not self._check_fits(sequence, now):
             return
         limit = self._settings.max_tenant_waiting
@@ -151,13 +151,20 @@ class Scheduler:
             resident = self._adapters.is_resident(sequence.adapter)
             self._catalogue.asked(sequence.adapter, now, resident=resident)
         deadline = sequence.arrived + self._settings.max_wait_seconds
-        heapq.heappush(self._start_deadlines, (deadline, sequence.order, sequence))
+        for one in (sequence, *sequence.followers):
+            heapq.heappush(self._start_deadlines, (deadline, one.order, one))
         self._adapters.join(sequence, now)
+        if not self._settings.prefix_cache:
+            self._release(sequence, now)
 
-    def cancel(self, message: Cancel) -> None:
+    def cancel(self, message: Cancel, now: float) -> None:
         sequence = self._sequence_of.get(message.request_id)
-        if sequence is not None:
-            self._remove(sequence)
+        if sequence is None:
+            return
+        followers = sequence.followers
+        self._remove(sequence)
+        if followers:
+            self._succeed(followers, now)
 
     def adapter_staged(self, message: AdapterStaged, now: float) -> None:
         if self._adapters.staged(message):
@@ -196,9 +203,12 @@ class Scheduler:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
         self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
         self._step_done_at = now
-        token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
+        logprobs = StepLogprobs(flight, message.logprobs)
+        for worker, prompt in logprobs.prompts:
+            self._outbox.append(("tokenizer_workers", worker, prompt))
         self._policy.produced(flight.sampled)
-        self._take_tokens(flight.sampled, token_ids, logprobs, now)
+        token_ids = array("i", message.token_ids)
+        self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
             self._adapters.join(sequence, now)
@@ -251,8 +261,12 @@ class Scheduler:
             return None
         self._steps_sent += 1
         work = plan.work(self._adapters.running_bytes)
-        self._flights.append(Flight(self._steps_sent, plan.sampled, work, now))
-        return plan.step(self._steps_sent, self._batch.seal(plan))
+        self._flights.append(Flight(self._steps_sent, plan, work, now))
+        step = plan.step(self._steps_sent, self._batch.seal(plan))
+        for sequence in plan.chunked:
+            if sequence.followers and sequence.fed >= sequence.prefill_end:
+                self._release(sequence, now)
+        return step
 
     def _prompt_budget(self, plan: StepPlan) -> int:
         """Tokens of prompts for a step with these decode rows, whose streams wait for it."""
@@ -358,7 +372,11 @@ class Scheduler:
     # --- tokens of a step ---
 
     def _take_tokens(
-        self, sampled: list[Sequence], token_ids: "array[int]", logprobs: "array[float]", now: float
+        self,
+        sampled: list[Sequence],
+        token_ids: "array[int]",
+        logprobs: dict[int, bytes],
+        now: float,
     ) -> None:
         """Runs for each token that is produced, so it looks at little."""
         replies = self._replies
@@ -373,8 +391,8 @@ class Scheduler:
             reply = replies[sequence.worker]
             reply.request_ids.append(sequence.request_id)
             reply.token_ids.append(token)
-            if logprobs:
-                reply.logprobs.append(logprobs[index])
+            if logprobs and index in logprobs:
+                reply.logprobs[len(reply.request_ids) - 1] = logprobs[index]
             if token in sequence.eos:
                 self._finish(sequence, FinishReason.EOS, now)
             elif len(known) >= sequence.notice_at:
@@ -460,6 +478,35 @@ class Scheduler:
             attach = AttachArena(self._arena.path, self._arena.nbytes)
             self._outbox.append(("gpu_worker", 0, attach))
 
+    # --- several choices of a prompt: the first computes it, the others find it in the cache ---
+
+    def _take(self, message: Submit) -> Sequence:
+        """The sequence of the first choice; the others follow it."""
+        sequences = []
+        for choice in range(message.choices):
+            self._submitted += 1
+            one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice)
+            self._sequence_of[one.request_id] = one
+            sequences.append(one)
+        leader, *followers = sequences
+        _follow(leader, followers)
+        return leader
+
+    def _release(self, leader: Sequence, now: float) -> None:
+        """What they wait for is in the cache, or is not going to be."""
+        followers, leader.followers = leader.followers, []
+        for follower in followers:
+            follower.leader = None
+            self._adapters.join(follower, now)
+
+    def _succeed(self, followers: list[Sequence], now: float) -> None:
+        """Whom they followed has left before it came to the end of their prompt."""
+        leader, *others = followers
+        leader.leader = None
+        _follow(leader, others)
+        self._wait_to_start(leader)
+        self._adapters.join(leader, now)
+
     # --- ends ---
 
     def _check_fits(self, sequence: Sequence, now: float) -> bool:
@@ -476,10 +523,13 @@ class Scheduler:
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
     ) -> None:
+        followers = sequence.followers
         self._remove(sequence)
         self._replies[sequence.worker].finished.append(
             Finished(sequence.request_id, reason, sequence.usage(now), failure)
         )
+        for follower in list(followers):  # it failed before its prompt was done, and they with it
+            self._finish(follower, reason, now, failure)
 
     def _remove(self, sequence: Sequence) -> None:
         """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
@@ -492,13 +542,23 @@ class Scheduler:
             self._unpin(sequence)
         elif sequence in self._resting:
             self._resting.remove(sequence)
+        elif sequence.leader is not None:
+            sequence.leader.followers.remove(sequence)
         else:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
         self._policy.end(sequence)
 
+    def _wait_to_start(self, sequence: Sequence) -> None:
+        """It counts as a request of its tenant that waits; those that follow it do not."""
+        sequence.counted = True
+        self._unstarted[sequence.tenant] += 1
+
     def _waits_no_more(self, sequence: Sequence) -> None:
         """For its first start; its tenant may let another wait."""
+        if not sequence.counted:
+            return
+        sequence.counted = False
         self._unstarted[sequence.tenant] -= 1
         if not self._unstarted[sequence.tenant]:
             del self._unstarted[sequence.tenant]
@@ -512,6 +572,12 @@ class Scheduler:
             self._flights[-1].unpins.append(extent)
         else:
             self._adapters.unpin(extent)
+
+
+def _follow(leader: Sequence, followers: list[Sequence]) -> None:
+    leader.followers = followers
+    for follower in followers:
+        follower.leader = leader
 
 
 def _started(sequence: Sequence) -> bool:

@@ -65,13 +65,15 @@ class KvBlocks:
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.block_tokens)
 
-    def open(self, root: Hashable, token_ids: "array[int]", *, reserve: int) -> PageTable | None:
+    def open(
+        self, root: Hashable, token_ids: "array[int]", *, reserve: int, share: int = NEVER
+    ) -> PageTable | None:
         """Blocks for all of token_ids, the first of them shared if their prefix is cached.
 
-        At least one token is left to compute. None if there are too few blocks, or fewer than
-        `reserve` would be left.
+        At least one token is left to compute, and all that come after the first `share`. None if
+        there are too few blocks, or fewer than `reserve` would be left.
         """
-        path = self._match(root, token_ids)
+        path = self._match(root, token_ids, share)
         for node in path:
             self._hold(node)
         missing = self.blocks_for(len(token_ids)) - (len(path) - 1)
@@ -123,13 +125,13 @@ class KvBlocks:
         self._free += blocks[cached:]
         self._let_go(path)
 
-    def _match(self, root: Hashable, token_ids: "array[int]") -> list[Node]:
-        """The root and the longest cached prefix of token_ids[:-1]."""
+    def _match(self, root: Hashable, token_ids: "array[int]", share: int) -> list[Node]:
+        """The root and the longest cached prefix of token_ids[:-1] and of token_ids[:share]."""
         node: Node | None = self._roots.get(root)
         if node is None:
             node = self._roots[root] = Node(None, root, -1)
         path, size = [node], self.block_tokens
-        for start in range(0, len(token_ids) - size, size):
+        for start in range(0, min(len(token_ids) - 1, share) - size + 1, size):
             node = node.children.get(token_ids[start : start + size].tobytes())
             if node is None:
                 break

@@ -11,7 +11,7 @@ class Reply:
     def __init__(self) -> None:
         self.request_ids: list[int] = []
         self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
+        self.logprobs: dict[int, bytes] = {}
         self.finished: list[Finished] = []
 
     def take(self) -> Tokens | None:
@@ -21,5 +21,5 @@ class Reply:
         message = Tokens(
             self.request_ids, self.token_ids, self.logprobs, finished=tuple(self.finished)
         )
-        self.request_ids, self.token_ids, self.logprobs, self.finished = [], [], [], []
+        self.request_ids, self.token_ids, self.logprobs, self.finished = [], [], {}, []
         return message

@@ -2,7 +2,10 @@
 
 from array import array
 
-from pipeline.messages import Submit, Usage
+import msgspec
+
+from pipeline.choices import seed_of
+from pipeline.messages import Logprobs, Sampling, Submit, Usage
 from scheduler.adapter_pool import Extent
 from scheduler.kv_blocks import PageTable
 
@@ -24,13 +27,16 @@ class Sequence:
         "cached_tokens",
         "capacity",
         "content",
+        "counted",
         "end",
         "ended",
         "eos",
         "extent",
         "fed",
         "first_token",
+        "followers",
         "last_fed",
+        "leader",
         "logprobs",
         "named",
         "notice_at",
@@ -41,6 +47,7 @@ class Sequence:
         "resume_after",
         "row",
         "sampling",
+        "scored",
         "started",
         "table",
         "tenant",
@@ -48,23 +55,28 @@ class Sequence:
         "worker",
     )
 
-    def __init__(self, submit: Submit, *, order: int, eos: frozenset[int]) -> None:
-        self.request_id = submit.request_id
+    def __init__(self, submit: Submit, *, order: int, eos: frozenset[int], choice: int = 0) -> None:
+        self.request_id = submit.request_id + choice
         self.worker = submit.worker
         self.arrived = submit.arrived
         self.named = submit.adapter
         self.adapter = submit.adapter  # or that of the outdated content it has started with
         self.adapter_token = submit.adapter_token
         self.tenant = submit.tenant
-        self.sampling = submit.sampling
-        self.logprobs = submit.logprobs
+        self.sampling = _sampling(submit, choice)
+        self.logprobs = _logprobs(submit, choice)
         self.order = order  # of submission among all requests
-        self.eos = frozenset[int]() if submit.ignore_eos else eos
+        self.eos = (frozenset[int]() if submit.ignore_eos else eos).union(submit.stop_token_ids)
 
         self.token_ids = array("i", submit.token_ids)
         self.prompt_tokens = len(self.token_ids)
         self.end = self.prompt_tokens + submit.max_tokens  # tokens at which its length ends it
         self.last_fed = self.end - 1  # the last token of all is never fed
+
+        self.counted = False  # among the requests of its tenant that have not started
+        self.leader: Sequence | None = None  # whose prompt it waits for, which is its own
+        self.followers: list[Sequence] = []  # that wait for its prompt
+        self.scored = 0  # tokens of its prompt that have given the log-probability of the next
 
         self.row = -1  # while it runs: its row of the worker's table
         self.table: PageTable | None = None  # while it runs: its KV blocks
@@ -85,6 +97,14 @@ class Sequence:
     def produced(self) -> int:
         return len(self.token_ids) - self.prompt_tokens
 
+    @property
+    def wanted_logprobs(self) -> Logprobs | None:
+        """What is still to be had of them: its prompt's are had once."""
+        wanted = self.logprobs
+        if wanted is None or wanted.prompt_top is None or self.scored < self.prompt_tokens - 1:
+            return wanted
+        return Logprobs(wanted.top)
+
     def usage(self, now: float) -> Usage:
         started = now if self.started is None else self.started
         first_token = now if self.first_token is None else self.first_token
@@ -96,3 +116,16 @@ class Sequence:
             first_token_seconds=first_token - self.arrived if self.produced else 0.0,
             total_seconds=now - self.arrived,
         )
+
+
+def _sampling(submit: Submit, choice: int) -> Sampling:
+    if choice == 0:
+        return submit.sampling
+    seed = seed_of(submit.sampling.seed, choice)
+    return msgspec.structs.replace(submit.sampling, seed=seed)
+
+
+def _logprobs(submit: Submit, choice: int) -> Logprobs | None:
+    """The prompt is the same for all choices, and its tokens are told once."""
+    wanted = submit.logprobs
+    return wanted if choice == 0 or wanted is None else Logprobs(wanted.top)

@@ -1,11 +1,20 @@
 """A step while it is put together, and what is remembered of it while it is in flight."""
 
 from array import array
+from typing import NamedTuple
 
 from pipeline.messages import NewRow, Step
 from scheduler.adapter_pool import Extent
 from scheduler.sequence import Sequence
 from scheduler.step_cost import Work
+
+
+class Scored(NamedTuple):
+    """A chunk whose tokens give the log-probabilities of those after them."""
+
+    sequence: Sequence
+    start: int
+    tokens: int  # at least one
 
 
 class StepPlan:
@@ -20,6 +29,7 @@ class StepPlan:
         "kv_tokens",
         "new_rows",
         "sampled",
+        "scored",
     )
 
     def __init__(self) -> None:
@@ -28,6 +38,7 @@ class StepPlan:
         self.sampled: list[Sequence] = []  # one token each, decode rows first
         self.chunks: list[int] = []  # row, start, count of each
         self.chunked: list[Sequence] = []
+        self.scored: list[Scored] = []
         self.block_rows: list[int] = []
         self.blocks: list[int] = []
         self.new_rows: list[NewRow] = []
@@ -53,11 +64,12 @@ class StepPlan:
 class Flight:
     """A step that the worker has and has not reported."""
 
-    __slots__ = ("sampled", "sent", "step_id", "unpins", "work")
+    __slots__ = ("sampled", "scored", "sent", "step_id", "unpins", "work")
 
-    def __init__(self, step_id: int, sampled: list[Sequence], work: Work, sent: float) -> None:
+    def __init__(self, step_id: int, plan: StepPlan, work: Work, sent: float) -> None:
         self.step_id = step_id
-        self.sampled = sampled
+        self.sampled = plan.sampled
+        self.scored = plan.scored
         self.work = work
         self.sent = sent  # when
         self.unpins: list[Extent] = []  # one for each sequence that ended after it was sent

@@ -11,6 +11,7 @@ from pipeline.messages import (
     Cancel,
     ProcessReady,
     Prompt,
+    PromptLogprobs,
     Shutdown,
     Stats,
     Tokens,
@@ -58,7 +59,7 @@ class Worker:
             encode=model.encoder.encode,
             new_decoder=model.new_decoder,
             new_token_decoder=model.new_token_decoder,
-            special_ids=model.special_ids,
+            vocabulary=model.vocabulary,
         )
 
     def announce(self) -> None:
@@ -88,6 +89,8 @@ class Worker:
             case Prompt():
                 with ENCODE_SECONDS.time():
                     self.core.prompt(message, time.monotonic())
+            case PromptLogprobs():
+                self.core.prompt_logprobs(message)
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():

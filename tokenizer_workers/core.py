@@ -5,10 +5,12 @@ is answered by exactly one End, unless its frontend cancels it. A frontend is kn
 requests: it is request_id >> REQUEST_BITS.
 """
 
+from array import array
 from collections.abc import Callable
 
 import msgspec
 
+from pipeline.choices import request_ids
 from pipeline.errors import RequestError
 from pipeline.messages import (
     REQUEST_BITS,
@@ -21,6 +23,8 @@ from pipeline.messages import (
     Piece,
     Pieces,
     Prompt,
+    PromptDetails,
+    PromptLogprobs,
     Shutdown,
     Submit,
     TokenDetail,
@@ -28,6 +32,7 @@ from pipeline.messages import (
     Usage,
 )
 from tokenizer_workers.decode import TextDecoder
+from tokenizer_workers.details import PromptTokens, Vocabulary
 from tokenizer_workers.encode import Encoded
 from tokenizer_workers.stop_strings import StopStrings
 
@@ -39,15 +44,16 @@ class ToPeer(msgspec.Struct, frozen=True):
 
     process: str
     index: int
-    message: Submit | Cancel | Shutdown | Pieces
+    message: Submit | Cancel | Shutdown | PromptDetails | Pieces
 
 
 class _Outgoing:
     """What goes to one frontend next."""
 
-    __slots__ = ("details", "ends", "texts")
+    __slots__ = ("details", "ends", "prompts", "texts")
 
     def __init__(self) -> None:
+        self.prompts: list[PromptDetails] = []
         self.texts: dict[int, str] = {}  # request_id -> its text since the last message
         self.details: dict[int, list[TokenDetail]] = {}
         self.ends: list[End] = []
@@ -62,6 +68,7 @@ class _Outgoing:
     def forget(self, request_id: int) -> None:
         self.texts.pop(request_id, None)
         self.details.pop(request_id, None)
+        self.prompts = [one for one in self.prompts if one.request_id != request_id]
 
     def take(self) -> Pieces | None:
         if not (self.texts or self.ends):
@@ -89,9 +96,12 @@ class _Request:
         "decoder",
         "first_token_at",
         "outgoing",
+        "prompt",
+        "prompt_text",
         "prompt_tokens",
         "stop",
         "token_decoder",
+        "top",
     )
 
     def __init__(
@@ -103,6 +113,7 @@ class _Request:
         decoder: TextDecoder,
         token_decoder: TextDecoder | None,
         stop: StopStrings | None,
+        top: int,
     ) -> None:
         self.outgoing = outgoing
         self.arrived = arrived
@@ -110,6 +121,9 @@ class _Request:
         self.decoder = decoder
         self.token_decoder = token_decoder
         self.stop = stop
+        self.top = top
+        self.prompt: PromptTokens | None = None  # while their log-probabilities come in
+        self.prompt_text = ""
         self.completion_tokens = 0
         self.first_token_at = 0.0
 
@@ -131,7 +145,7 @@ class Core:
     encode             raises RequestError
     new_decoder        makes what decodes a reply's text
     new_token_decoder  makes what decodes the texts of single tokens, special ones included
-    special_ids        tokens that a TokenDetail calls special
+    vocabulary         what is told of single tokens
 
     Times are seconds of time.monotonic().
     """
@@ -144,13 +158,13 @@ class Core:
         encode: Callable[[Prompt], Encoded],
         new_decoder: Callable[[], TextDecoder],
         new_token_decoder: Callable[[], TextDecoder],
-        special_ids: frozenset[int],
+        vocabulary: Vocabulary,
     ) -> None:
         self._worker = worker
         self._encode = encode
         self._new_decoder = new_decoder
         self._new_token_decoder = new_token_decoder
-        self._special_ids = special_ids
+        self._vocabulary = vocabulary
         self._requests: dict[int, _Request] = {}
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
         self._to_scheduler: list[Submit | Cancel | Shutdown] = []
@@ -171,16 +185,12 @@ class Core:
         try:
             encoded = self._encode(prompt)
         except RequestError as error:
-            outgoing.ends.append(_refused(prompt, error, now))
+            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
             return
-        self._requests[prompt.request_id] = _Request(
-            outgoing=outgoing,
-            arrived=prompt.arrived,
-            prompt_tokens=encoded.prompt_tokens,
-            decoder=self._new_decoder(),
-            token_decoder=self._new_token_decoder() if prompt.token_details else None,
-            stop=StopStrings(prompt.stop, prompt.keep_stop) if prompt.stop else None,
-        )
+        for request_id in _request_ids(prompt):
+            self._requests[request_id] = self._new_request(outgoing, prompt, encoded)
+        if prompt.prompt_details:
+            self._tell_prompt(outgoing, prompt, encoded)
         self._to_scheduler.append(
             Submit(
                 request_id=prompt.request_id,
@@ -192,8 +202,10 @@ class Core:
                 adapter_token=prompt.adapter_token,
                 sampling=prompt.sampling,
                 ignore_eos=prompt.ignore_eos,
-                logprobs=prompt.token_details,
+                logprobs=prompt.logprobs,
                 tenant=prompt.tenant,
+                choices=prompt.choices,
+                stop_token_ids=prompt.stop_token_ids,
             )
         )
 
@@ -218,12 +230,9 @@ class Core:
             request.completion_tokens += 1
             text = request.decoder.push(token_id)
             if request.token_decoder is not None:
-                detail = TokenDetail(
-                    id=token_id,
-                    text=request.token_decoder.push(token_id),
-                    logprob=message.logprobs[at] if message.logprobs else None,
-                    special=token_id in self._special_ids,
-                )
+                own_text = request.token_decoder.push(token_id)
+                row = message.logprobs.get(at)
+                detail = self._vocabulary.detail(token_id, own_text, row, request.top)
                 request.outgoing.detail(request_id, detail)
             if request.stop is not None:
                 text = request.stop.push(text)
@@ -233,6 +242,14 @@ class Core:
                 self._stopped(request, request_id, now)
         for finished in message.finished:
             self._finished(finished, now)
+
+    def prompt_logprobs(self, message: PromptLogprobs) -> None:
+        """When the last have come, so have all details of the prompt."""
+        request = self._requests.get(message.request_id)
+        if request is None or request.prompt is None:
+            return
+        request.prompt.add(message.rows)
+        self._complete_prompt(request, message.request_id)
 
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
@@ -247,10 +264,48 @@ class Core:
         messages = [ToPeer("scheduler", 0, message) for message in self._to_scheduler]
         self._to_scheduler = []
         for index, outgoing in self._outgoing.items():
+            messages += [ToPeer("frontend", index, prompt) for prompt in outgoing.prompts]
+            outgoing.prompts = []
             pieces = outgoing.take()
             if pieces is not None:
                 messages.append(ToPeer("frontend", index, pieces))
         return messages
+
+    def _new_request(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> _Request:
+        return _Request(
+            outgoing=outgoing,
+            arrived=prompt.arrived,
+            prompt_tokens=encoded.prompt_tokens,
+            decoder=self._new_decoder(),
+            token_decoder=self._new_token_decoder() if prompt.token_details else None,
+            stop=StopStrings(prompt.stop, prompt.keep_stop) if prompt.stop else None,
+            top=prompt.logprobs.top if prompt.logprobs is not None else 0,
+        )
+
+    def _tell_prompt(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> None:
+        """At once, or when the log-probabilities that are wanted are there."""
+        text = self._text_of(encoded) if prompt.text is None else prompt.text
+        if prompt.logprobs is None or prompt.logprobs.prompt_top is None:
+            outgoing.prompts.append(PromptDetails(prompt.request_id, text))
+            return
+        request = self._requests[prompt.request_id]
+        request.prompt = PromptTokens(
+            encoded.token_ids, prompt.logprobs, self._vocabulary, self._new_token_decoder()
+        )
+        request.prompt_text = text
+        self._complete_prompt(request, prompt.request_id)
+
+    def _complete_prompt(self, request: _Request, request_id: int) -> None:
+        prompt = request.prompt
+        if prompt is not None and prompt.complete:
+            details = PromptDetails(request_id, request.prompt_text, tuple(prompt.details))
+            request.outgoing.prompts.append(details)
+            request.prompt = None
+
+    def _text_of(self, encoded: Encoded) -> str:
+        decoder = self._new_decoder()
+        texts = [decoder.push(token_id) for token_id in array("i", encoded.token_ids)]
+        return "".join(texts) + decoder.finish()
 
     def _stopped(self, request: _Request, request_id: int, now: float) -> None:
         """A stop string matched: the end is told here, and the scheduler hears of it last."""
@@ -276,9 +331,13 @@ class Core:
         )
 
 
-def _refused(prompt: Prompt, error: RequestError, now: float) -> End:
+def _request_ids(prompt: Prompt) -> range:
+    return request_ids(prompt.request_id, prompt.choices)
+
+
+def _refused(prompt: Prompt, request_id: int, error: RequestError, now: float) -> End:
     return End(
-        prompt.request_id,
+        request_id,
         FinishReason.ERROR,
         Usage(prompt_tokens=0, completion_tokens=0, total_seconds=now - prompt.arrived),
         Failure(error.status, FailureKind(error.kind), error.message),

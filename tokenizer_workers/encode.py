@@ -57,6 +57,7 @@ class Encoder:
         if min(ids) < 0 or max(ids) >= self._vocabulary:
             wrong = next(one for one in ids if not 0 <= one < self._vocabulary)
             raise _invalid(f"token id {wrong} is not in the vocabulary of {self._vocabulary}")
+        self._check_named(prompt)
         room = self._max_total_tokens - count
         max_tokens = room if prompt.max_tokens is None else prompt.max_tokens
         if max_tokens > room:
@@ -65,6 +66,17 @@ class Encoder:
                 f"Given: {count} `inputs` tokens and {max_tokens} `max_new_tokens`"
             )
         return Encoded(ids.tobytes(), count, max_tokens)
+
+    def _check_named(self, prompt: Prompt) -> None:
+        """Tokens that parameters name are those of the model."""
+        named = [("logit_bias", token_id) for token_id, _ in prompt.sampling.logit_bias]
+        named += [("stop_token_ids", token_id) for token_id in prompt.stop_token_ids]
+        for parameter, token_id in named:
+            if not 0 <= token_id < self._vocabulary:
+                raise _invalid(
+                    f"`{parameter}` names token id {token_id}, which is not in the vocabulary of "
+                    f"{self._vocabulary}"
+                )
 
     def _token_ids(self, prompt: Prompt) -> "array[int]":
         if prompt.token_ids is not None:

@@ -18,6 +18,7 @@ from tokenizer_workers.decode import (
     PrefixDecoder,
     TextDecoder,
 )
+from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoder
 from tokenizer_workers.token_table import (
     byte_fallback_table,
@@ -32,7 +33,7 @@ class TextModel(msgspec.Struct, frozen=True):
     encoder: Encoder
     new_decoder: Callable[[], TextDecoder]  # a reply's text, without special tokens
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
-    special_ids: frozenset[int]
+    vocabulary: Vocabulary
     max_total_tokens: int
 
 
@@ -62,6 +63,7 @@ def text_model(
 ) -> TextModel:
     added = tokenizer.get_added_tokens_decoder()
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+    all_visible = decoders(tokenizer, config.vocabulary, hidden=())
     return TextModel(
         encoder=Encoder(
             tokenizer=tokenizer,
@@ -73,9 +75,9 @@ def text_model(
         # an end-of-text token that nobody marked as special is not for the reader either
         new_decoder=decoders(
             tokenizer, config.vocabulary, hidden=special_ids.union(config.eos_token_ids)
-        ),
-        new_token_decoder=decoders(tokenizer, config.vocabulary, hidden=()),
-        special_ids=special_ids,
+        ).new,
+        new_token_decoder=all_visible.new,
+        vocabulary=Vocabulary(all_visible.bytes_of, special_ids),
         max_total_tokens=max_total_tokens,
     )
 
@@ -102,10 +104,13 @@ def read_tokenizer(folder: Path, tokens: Mapping[str, str]) -> Tokenizer:
     return tokenizer
 
 
-def decoders(
-    tokenizer: Tokenizer, vocabulary: int, hidden: Collection[int]
-) -> Callable[[], TextDecoder]:
-    """What makes the decoder of each sequence: the fastest one that equals the tokenizer's.
+class Decoders(msgspec.Struct, frozen=True):
+    new: Callable[[], TextDecoder]  # for one sequence
+    bytes_of: Callable[[int], bytes]  # a token's own
+
+
+def decoders(tokenizer: Tokenizer, vocabulary: int, hidden: Collection[int]) -> Decoders:
+    """The fastest decoder that equals the tokenizer's.
 
     vocabulary   of the model, which may be greater or less than the tokenizer's
     hidden       ids that add nothing to the text
@@ -115,16 +120,18 @@ def decoders(
     tokens = [tokenizer.id_to_token(token_id) for token_id in range(size)]
     if config is not None and config["type"] == "ByteLevel":
         table = byte_level_table(tokens, hidden)
-        return lambda: ByteLevelDecoder(table)
+        return Decoders(lambda: ByteLevelDecoder(table), table.bytes_of)
     if (fallback := fallback_decoder_config(config)) is not None:
         replace, strip = fallback
         table = byte_fallback_table(tokens, hidden, replace)
-        return lambda: ByteFallbackDecoder(table, strip)
+        return Decoders(lambda: ByteFallbackDecoder(table, strip), table.bytes_of)
 
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
-    return lambda: PrefixDecoder(decode, hidden)
+    return Decoders(
+        lambda: PrefixDecoder(decode, hidden), lambda token_id: decode([token_id]).encode()
+    )
 
 
 class _TokenizerFile(msgspec.Struct):

@@ -19,6 +19,10 @@ class TokenTable:
         self.texts = texts
         self.pieces = pieces
 
+    def bytes_of(self, token_id: int) -> bytes:
+        text = self.texts[token_id]
+        return self.pieces[token_id] if text is None else text.encode()
+
 
 def byte_level_table(tokens: Sequence[str | None], hidden: Collection[int]) -> TokenTable:
     """The table of a vocabulary whose tokens are written in the byte alphabet of GPT-2.

@@ -62,7 +62,7 @@ def test_the_row_table_counts_what_is_in_a_step() -> None:
     rows = Rows(4)
     prompt = array("i", [1] * 6).tobytes()
     new = tuple(
-        NewRow(row, slot, prompt, 6, 0, b"", Sampling(), False) for row, slot in ((0, 5), (2, -1))
+        NewRow(row, slot, prompt, 6, 0, b"", Sampling(), None) for row, slot in ((0, 5), (2, -1))
     )
     chunks = array("i", [0, 0, 6, 2, 0, 4]).tobytes()
     first = rows.apply(Step(1, prefill=chunks, new_rows=new))

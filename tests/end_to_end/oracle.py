@@ -89,6 +89,18 @@ class Oracle:
         self._model.set_adapter(adapter)
         return self._choices(inputs, tokens)
 
+    @torch.inference_mode()
+    def logprobs(self, token_ids: list[int], adapter: str | None = None) -> torch.Tensor:
+        """[i] is what the first i + 1 tokens say of the next."""
+        ids = torch.tensor([token_ids])
+        if adapter is None:
+            with self._model.disable_adapter():
+                logits: torch.Tensor = self._model(input_ids=ids).logits
+        else:
+            self._model.set_adapter(adapter)
+            logits = self._model(input_ids=ids).logits
+        return logits[0].log_softmax(-1)
+
     def _choices(self, inputs: str, tokens: list[int]) -> list[int]:
         prompt = self.tokenizer(inputs).input_ids
         logits = self._model(input_ids=torch.tensor([prompt + tokens[:-1]])).logits

@@ -18,6 +18,7 @@ from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.exchange import HttpReply
 from frontend.processes import Processes
+from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
     Cancel,
@@ -30,6 +31,7 @@ from pipeline.messages import (
     Pieces,
     ProcessReady,
     Prompt,
+    PromptDetails,
     TokenDetail,
     Usage,
 )
@@ -41,7 +43,7 @@ FACTS: dict[str, dict[str, str | int | float | None]] = {
     "gpu_worker": {"device": "cpu", "dtype": "float32"},
 }
 
-Answer = Callable[[Prompt], Iterable[Pieces]]
+Answer = Callable[[Prompt], Iterable[Pieces | PromptDetails]]
 
 
 def settings(**changes: Any) -> Settings:
@@ -78,23 +80,36 @@ def piece(text: str = "a", request_id: int = 1, tokens: Sequence[TokenDetail] = 
 
 
 def says(*texts: str, reason: FinishReason = FinishReason.EOS) -> Answer:
-    """An answer of one message per text, and one token per text; the end comes with the last."""
+    """An answer of one message per text, and one token per text; the end comes with the last.
 
-    def answer(prompt: Prompt) -> Iterable[Pieces]:
-        request_id = prompt.request_id
-        for at, text in enumerate(texts):
-            tokens = [token(at, text)] if prompt.token_details else []
-            ends = (end(request_id, reason, completion_tokens=len(texts)),)
-            last = at == len(texts) - 1
-            yield Pieces([piece(text, request_id, tokens)], ends if last else ())
+    All choices say the same, one after the other; the prompt is told first, if that is wanted.
+    """
+
+    def answer(prompt: Prompt) -> Iterable[Pieces | PromptDetails]:
+        if prompt.prompt_details:
+            yield PromptDetails(prompt.request_id, prompt.text or "ids", prompt_tokens(prompt))
+        for request_id in request_ids(prompt.request_id, prompt.choices):
+            for at, text in enumerate(texts):
+                tokens = [token(at, text)] if prompt.token_details else []
+                ends = (end(request_id, reason, completion_tokens=len(texts)),)
+                last = at == len(texts) - 1
+                yield Pieces([piece(text, request_id, tokens)], ends if last else ())
 
     return answer
+
+
+def prompt_tokens(prompt: Prompt) -> tuple[TokenDetail, ...]:
+    """One for each letter, if their log-probabilities are wanted."""
+    if prompt.logprobs is None or prompt.logprobs.prompt_top is None:
+        return ()
+    first, *others = list(prompt.text or "ids")
+    return (TokenDetail(1, first, None, False), *(token(2, other) for other in others))
 
 
 def fails(failed: Failure, *texts: str) -> Answer:
     """An answer that fails after some text."""
 
-    def answer(prompt: Prompt) -> Iterable[Pieces]:
+    def answer(prompt: Prompt) -> Iterable[Pieces | PromptDetails]:
         for at, text in enumerate(texts):
             yield Pieces([piece(text, prompt.request_id, [token(at, text)])])
         yield Pieces([], (end(prompt.request_id, failure=failed),))
@@ -102,7 +117,7 @@ def fails(failed: Failure, *texts: str) -> Answer:
     return answer
 
 
-def silence(prompt: Prompt) -> Iterable[Pieces]:
+def silence(prompt: Prompt) -> Iterable[Pieces | PromptDetails]:
     """No answer at all."""
     return ()
 
@@ -153,8 +168,14 @@ class Backend:
         self.sent.append((process, message, index))
         self.seen[type(message)].set()
         if isinstance(message, Prompt):
-            for pieces in self.answer(message):
-                asyncio.get_running_loop().call_soon(self.downstream.deliver, pieces)
+            for answer in self.answer(message):
+                asyncio.get_running_loop().call_soon(self._deliver, answer)
+
+    def _deliver(self, message: Pieces | PromptDetails) -> None:
+        if isinstance(message, PromptDetails):
+            self.downstream.tell_prompt(message)
+        else:
+            self.downstream.deliver(message)
 
     def prompts(self) -> list[Prompt]:
         return [message for _, message, _ in self.sent if isinstance(message, Prompt)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from frontend.calls import Part
 from frontend.downstream import CUT_OFF, Downstream
 from frontend.exchange import ClientGone
 from pipeline.errors import RequestError
@@ -16,10 +17,11 @@ from pipeline.messages import (
     Pieces,
     Prefetch,
     Prompt,
+    PromptDetails,
     Sampling,
     Shutdown,
 )
-from tests.frontend.fakes import end, piece, settings
+from tests.frontend.fakes import end, failure, piece, settings
 
 pytestmark = pytest.mark.anyio
 
@@ -85,9 +87,8 @@ async def test_what_comes_while_nobody_looks_is_taken_at_once() -> None:
         request_id = sent.messages(Prompt)[0].request_id
         requests.deliver(Pieces([piece("a", request_id)]))
         requests.deliver(Pieces([piece("b", request_id)], (end(request_id),)))
-        pieces, last = await reply.next()
-    assert [one.text for one in pieces] == ["a", "b"]
-    assert last == end(request_id)
+        parts = await reply.next()
+    assert parts == [Part(0, [piece("a", request_id), piece("b", request_id)], end(request_id))]
     assert sent.messages(Cancel) == []
 
 
@@ -99,9 +100,8 @@ async def test_a_waiting_task_is_woken() -> None:
         waiting = asyncio.create_task(reply.next())
         await asyncio.sleep(0)
         requests.deliver(Pieces([piece("a", request_id), piece("b", request_id)]))
-        pieces, last = await waiting
-    assert [one.text for one in pieces] == ["a", "b"]
-    assert last is None
+        parts = await waiting
+    assert parts == [Part(0, [piece("a", request_id), piece("b", request_id)])]
 
 
 async def test_a_client_that_goes_is_heard_of_at_once_and_its_request_is_cancelled() -> None:
@@ -141,8 +141,8 @@ async def test_places_are_shared_out_to_the_frontends() -> None:
 
 async def test_silence_is_broken_again_and_again() -> None:
     with downstream(Sent(), keep_alive=0.01).start(prompt(), streamed=True) as reply:
-        assert await reply.next() == ([], None)
-        assert await reply.next() == ([], None)
+        assert await reply.next() == []
+        assert await reply.next() == []
 
 
 async def test_a_drain_waits_for_those_that_run() -> None:
@@ -166,12 +166,87 @@ async def test_a_drain_cuts_off_what_runs_too_long() -> None:
     requests = downstream(sent)
     with requests.start(prompt(), streamed=True) as reply:
         draining = asyncio.create_task(requests.drain(0))
-        _, last = await reply.next()
+        [part] = await reply.next()
     await draining
-    assert last is not None
-    assert last.failure == CUT_OFF
+    assert part.end is not None
+    assert part.end.failure == CUT_OFF
     (started,) = sent.messages(Prompt)
     assert sent.messages(Cancel) == [Cancel(started.request_id)]
+
+
+def several() -> tuple[Prompt, Prompt]:
+    """Two prompts of two choices each."""
+    one = Prompt(0, 0.0, text="Hi", adapter=AdapterKey("hub", "a/b"), choices=2)
+    return one, Prompt(0, 0.0, text="Ho", adapter=AdapterKey("hub", "a/b"), choices=2)
+
+
+async def test_the_choices_of_a_call_have_ids_of_their_own_and_one_place() -> None:
+    sent = Sent()
+    requests = downstream(sent, max_concurrent_requests=1)
+    with requests.start(*several(), streamed=True) as reply:
+        assert requests.admission.in_flight == 1
+        with pytest.raises(RequestError):
+            requests.admission.enter()
+        first, second = sent.messages(Prompt)
+        assert second.request_id == first.request_id + 2
+        assert len(sent.messages(Prefetch)) == 1
+        third = second.request_id
+        requests.deliver(Pieces([piece("c", third), piece("b", third - 1)], (end(third - 1),)))
+        parts = await reply.next()
+    assert parts == [
+        Part(1, [piece("b", third - 1)], end(third - 1)),
+        Part(2, [piece("c", third)]),
+    ]
+    open_ids = [first.request_id, third, third + 1]
+    assert sent.messages(Cancel) == [Cancel(request_id) for request_id in open_ids]
+    assert requests.admission.in_flight == 0
+
+
+async def test_the_ids_of_the_next_request_follow_those_of_all_choices() -> None:
+    sent = Sent()
+    requests = downstream(sent)
+    with requests.start(*several(), streamed=True), requests.start(prompt(), streamed=True):
+        ids = [one.request_id for one in sent.messages(Prompt)]
+    assert ids[2] == ids[0] + 4
+
+
+async def test_a_call_that_is_not_streamed_waits_for_all_choices() -> None:
+    sent = Sent()
+    requests = downstream(sent)
+    with requests.start(several()[0], streamed=False) as reply:
+        [asked] = sent.messages(Prompt)
+        waiting = asyncio.create_task(reply.next())
+        await asyncio.sleep(0)
+        requests.deliver(Pieces([], (end(asked.request_id),)))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        requests.deliver(Pieces([], (end(asked.request_id + 1),)))
+        parts = await waiting
+    assert [part.end for part in parts] == [end(asked.request_id), end(asked.request_id + 1)]
+
+
+async def test_or_for_one_that_has_failed() -> None:
+    sent = Sent()
+    requests = downstream(sent)
+    with requests.start(several()[0], streamed=False) as reply:
+        [asked] = sent.messages(Prompt)
+        failed = end(asked.request_id + 1, failure=failure())
+        requests.deliver(Pieces([], (failed,)))
+        [part] = await reply.next()
+    assert part.end == failed
+    assert sent.messages(Cancel) == [Cancel(asked.request_id)]
+
+
+async def test_a_prompts_details_are_beside_what_comes_of_each_of_its_choices() -> None:
+    sent = Sent()
+    requests = downstream(sent)
+    with requests.start(*several(), streamed=True) as reply:
+        first = sent.messages(Prompt)[0].request_id
+        details = PromptDetails(first, "Hi")
+        requests.tell_prompt(details)
+        requests.deliver(Pieces([piece("a", first + number) for number in range(3)]))
+        parts = await reply.next()
+    assert [part.prompt for part in parts] == [details, details, None]
 
 
 async def test_a_drain_of_nothing_is_over_at_once() -> None:

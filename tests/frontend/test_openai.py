@@ -9,8 +9,8 @@ import pytest
 
 from frontend.adapters import AdapterNames
 from frontend.openai import DEFAULT_COMPLETION_TOKENS, OpenAI
-from pipeline.messages import AdapterKey, Prompt, Sampling
-from tests.frontend.fakes import BASE, call_of, end, json_of, make_adapter, piece, refusal_of
+from pipeline.messages import AdapterKey, Logprobs, Prompt, Sampling
+from tests.frontend.fakes import BASE, call_of, json_of, make_adapter, refusal_of
 
 ROUTES = OpenAI(
     base_model=BASE,
@@ -18,6 +18,7 @@ ROUTES = OpenAI(
         base_model=BASE, default_source="auto", sources=("local", "hub"), roots=()
     ),
     max_stop_sequences=4,
+    max_choices=8,
 )
 
 
@@ -83,6 +84,8 @@ def test_a_bare_completion_has_openais_length() -> None:
         ("frequency_penalty", -2, {"frequency_penalty": -2.0}),
         ("presence_penalty", 2, {"presence_penalty": 2.0}),
         ("seed", 5, {"seed": 5}),
+        ("logit_bias", {"5": -100, "7": 0.5}, {"logit_bias": ((5, -100.0), (7, 0.5))}),
+        ("min_tokens", 3, {"min_tokens": 3}),
         ("seed", -1, {"seed": (1 << 64) - 1}),
         ("seed", 1 << 70, {"seed": 0}),
     ],
@@ -110,6 +113,12 @@ def test_seeds_are_drawn_where_none_is_given() -> None:
         ({"stop": ["x", "y"]}, "stop", ("x", "y")),
         ({"stop": None}, "stop", ()),
         ({"ignore_eos": True}, "ignore_eos", True),
+        ({"stop_token_ids": [5, 6]}, "stop_token_ids", (5, 6)),
+        ({"n": 3}, "choices", 3),
+        ({"logprobs": True}, "logprobs", Logprobs()),
+        ({"logprobs": True}, "token_details", True),
+        ({"logprobs": True, "top_logprobs": 20}, "logprobs", Logprobs(20)),
+        ({"logprobs": False, "top_logprobs": 0}, "logprobs", None),
         ({"ignore_eos_token": True}, "ignore_eos", True),
         ({"model": BASE}, "adapter", None),
         ({"model": "org/x"}, "adapter", AdapterKey("hub", "org/x")),
@@ -135,7 +144,7 @@ def test_a_local_adapter_is_found(tmp_path: Path) -> None:
     names = AdapterNames(
         base_model=BASE, default_source="auto", sources=("local", "hub"), roots=(tmp_path,)
     )
-    routes = OpenAI(base_model=BASE, adapters=names, max_stop_sequences=4)
+    routes = OpenAI(base_model=BASE, adapters=names, max_stop_sequences=4, max_choices=8)
     prompt = call_of(routes.chat(chat(model="here"), None)).prompt
     assert prompt.adapter == AdapterKey("local", "here")
 
@@ -163,11 +172,6 @@ def test_what_asks_for_nothing_changes_nothing(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("logit_bias", {"5": 1}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
@@ -192,13 +196,6 @@ def test_what_is_not_honoured_is_refused_by_name(field: str, value: Any) -> None
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("best_of", 2), ("suffix", "x"), ("logprobs", 0), ("logprobs", 5)]
-)
-def test_what_a_completion_does_not_honour_is_refused_by_name(field: str, value: Any) -> None:
-    assert error_of_completion(**{field: value})["param"] == field
-
-
-@pytest.mark.parametrize(
     ("field", "value"),
     [
         ("temperature", -0.1),
@@ -215,7 +212,16 @@ def test_what_a_completion_does_not_honour_is_refused_by_name(field: str, value:
         ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1),
         ("seed", 1.5),
-        ("max_tokens", 0),
+        ("n", 0),
+        ("n", True),
+        ("n", 9),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", {"5" * 5000: 1}),
+        ("logit_bias", {str(1 << 31): 1}),
+        ("logit_bias", {str(one): 1 for one in range(301)}),
+        ("min_tokens", -1),
+        ("stop_token_ids", 5),
         ("max_tokens", -1),
         ("max_tokens", 1 << 31),
         ("stop", 5),
@@ -264,6 +270,61 @@ def test_messages_that_cannot_be_are_refused_with_their_place(
     assert error_of_chat(messages=messages)["param"] == parameter
 
 
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias[...]"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_a_chat_does_not_take(changes: dict[str, Any], parameter: str) -> None:
+    assert error_of_chat(**changes)["param"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"best_of": 3, "stream": True}, "best_of"),
+        ({"best_of": 9}, "best_of"),
+        ({"prompt": ["a"] * 3, "n": 3}, "n"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"suffix": "x"}, "suffix"),
+    ],
+)
+def test_a_completion_does_not_take(changes: dict[str, Any], parameter: str) -> None:
+    assert error_of_completion(**changes)["param"] == parameter
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted", "choices"),
+    [
+        ({}, None, 1),
+        ({"logprobs": 0}, Logprobs(), 1),
+        ({"logprobs": 5}, Logprobs(5), 1),
+        ({"logprobs": 2, "echo": True}, Logprobs(2, prompt_top=2), 1),
+        ({"echo": True}, None, 1),
+        ({"n": 2, "best_of": 4}, Logprobs(), 4),
+        ({"n": 2, "best_of": 2, "stream": True}, None, 2),
+        ({"n": 2, "best_of": 4, "logprobs": 3, "echo": True}, Logprobs(3, prompt_top=3), 4),
+    ],
+)
+def test_a_completion_wants_those_logprobs_that_it_shows_or_ranks_by(
+    changes: dict[str, Any], wanted: Logprobs | None, choices: int
+) -> None:
+    prompt = completion_prompt(**changes)
+    assert (prompt.logprobs, prompt.choices) == (wanted, choices)
+    assert prompt.token_details == (wanted is not None)
+    assert prompt.prompt_details == bool(changes.get("echo"))
+
+
 def test_messages_are_handed_on_as_templates_want_them() -> None:
     messages = [
         {"role": "developer", "content": "Be brief"},
@@ -292,7 +353,7 @@ def test_two_lengths_that_differ_are_refused() -> None:
         ([7], None, [7]),
     ],
 )
-def test_a_completion_takes_one_text_or_its_token_ids(
+def test_a_completion_takes_a_text_or_its_token_ids(
     prompt: Any, text: str | None, token_ids: list[int] | None
 ) -> None:
     understood = completion_prompt(prompt=prompt)
@@ -301,16 +362,10 @@ def test_a_completion_takes_one_text_or_its_token_ids(
 
 
 @pytest.mark.parametrize(
-    "prompt", [[], [[]], ["a", "b"], [[1], [2]], [1, "a"], [-1], [1 << 31], [1.5], 5, None]
+    "prompt", [[], [[]], ["a", ""], [1, "a"], [[1], 2], [-1], [1 << 31], [1.5], 5, None]
 )
 def test_other_prompts_are_refused(prompt: Any) -> None:
     assert str(error_of_completion(prompt=prompt)["param"]).startswith("prompt")
-
-
-def test_echo_puts_the_prompt_first_where_it_is_a_text() -> None:
-    call = call_of(ROUTES.completion(completion(echo=True), None))
-    assert json_of(call.shape.whole([piece("!")], end()))["choices"][0]["text"] == "Hi!"
-    assert error_of_completion(echo=True, prompt=[1])["param"] == "echo"
 
 
 @pytest.mark.parametrize(
@@ -322,7 +377,7 @@ def test_echo_puts_the_prompt_first_where_it_is_a_text() -> None:
         b'{"model": "\xff"}',
         b'{"model": "\\ud800"}',
         b'{"model": NaN}',
-        b'{"model": "", "logit_bias": ' + b"[" * 100_000,
+        b'{"model": "", "metadata": ' + b"[" * 100_000,
     ],
 )
 def test_what_is_not_json_is_said_to_be_no_json(body: bytes) -> None:

@@ -85,12 +85,11 @@ def test_the_chunks_of_a_chat() -> None:
     ]
 
 
-def test_the_chunks_of_a_completion_with_echo() -> None:
-    shape = CompletionShape(model="m", include_usage=False, echo="Hi ")
+def test_the_chunks_of_a_completion() -> None:
+    shape = CompletionShape(model="m", include_usage=False)
     chunks = streamed(shape, piece("there"), last=end(reason=FinishReason.LENGTH))
     assert chunks.pop() == "[DONE]"
     assert [chunk["choices"] for chunk in chunks] == [
-        [{"index": 0, "text": "Hi ", "logprobs": None, "finish_reason": None}],
         [{"index": 0, "text": "there", "logprobs": None, "finish_reason": None}],
         [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}],
     ]

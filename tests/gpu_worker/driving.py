@@ -12,7 +12,16 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
-from pipeline.messages import AdapterCopy, NewRow, PlaceAdapter, Sampling, Step, StepDone
+from pipeline.logprobs import split, unpack
+from pipeline.messages import (
+    AdapterCopy,
+    Logprobs,
+    NewRow,
+    PlaceAdapter,
+    Sampling,
+    Step,
+    StepDone,
+)
 
 GREEDY = Sampling(temperature=0.0)
 BLOCK_TOKENS = 4
@@ -47,7 +56,8 @@ class Row:
         self.given = len(tokens)  # known to the worker before it produced any here
         self.computed = new.cached_tokens  # tokens whose KV is in the blocks
         self.blocks = blocks
-        self.logprobs: list[float] = []
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []  # of what it produced
+        self.prompt_logprobs: list[tuple[float, list[tuple[int, float]]]] = []
 
     @property
     def produced(self) -> list[int]:
@@ -87,7 +97,8 @@ class Driver:
         sampling: Sampling = GREEDY,
         prompt_tokens: int | None = None,
         cached_blocks: Sequence[int] = (),
-        logprobs: bool = False,
+        logprobs: Logprobs | None = None,
+        end_token_ids: tuple[int, ...] = (),
     ) -> Row:
         """A sequence takes a row in the next step."""
         new = NewRow(
@@ -99,6 +110,7 @@ class Driver:
             blocks=ints(cached_blocks),
             sampling=sampling,
             logprobs=logprobs,
+            end_token_ids=end_token_ids,
         )
         self._new.append(new)
         self.rows[row] = Row(new, list(tokens), list(cached_blocks))
@@ -156,12 +168,30 @@ class Driver:
         ended = [r for r, _ in prefill if self.rows[r].computed == len(self.rows[r].tokens)]
         rows = [*decode, *ended]
         tokens = np.frombuffer(done.token_ids, np.int32).tolist()
-        logprobs = np.frombuffer(done.logprobs, np.float32).tolist()
-        for position, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        for row, token in zip(rows, tokens, strict=True):
             self.rows[row].tokens.append(token)
-            if logprobs:
-                self.rows[row].logprobs.append(logprobs[position])
+        self._receive_logprobs(rows, prefill, done)
         return dict(zip(rows, tokens, strict=True))
+
+    def _receive_logprobs(
+        self, sampled: Sequence[int], prefill: Sequence[tuple[int, int]], done: StepDone
+    ) -> None:
+        wanting = [self.rows[row] for row in sampled if self.rows[row].new.logprobs]
+        scored = []
+        for row, count in prefill:
+            state = self.rows[row]
+            wanted = state.new.logprobs
+            if wanted is not None and wanted.prompt_top is not None:
+                start = state.computed - count
+                scored += [state] * max(0, min(count, state.new.prompt_tokens - 1 - start))
+        rows = split(done.logprobs, len(wanting) + len(scored))
+        for state, row_bytes in zip(wanting, rows, strict=False):
+            assert state.new.logprobs is not None
+            state.logprobs.append(unpack(row_bytes, state.new.logprobs.top))
+        for state, row_bytes in zip(scored, rows[len(wanting) :], strict=True):
+            assert state.new.logprobs is not None
+            top = state.new.logprobs.prompt_top or 0
+            state.prompt_logprobs.append(unpack(row_bytes, top))
 
     def prefill_all(self, rows: Sequence[int]) -> Result:
         """Feed everything that these rows have not fed."""

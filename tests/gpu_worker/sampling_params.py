@@ -23,6 +23,7 @@ def sampled_rows(
     histories: Sequence[Sequence[int]] | None = None,
     prompt_tokens: Sequence[int] | None = None,
     logprobs: Sequence[bool] | None = None,
+    top: int = 0,
 ) -> SampledRows:
     """Rows with these histories, [1] by default, all of it prompt by default."""
     histories = histories or [[1]] * len(samplings)
@@ -37,4 +38,5 @@ def sampled_rows(
         lengths=lengths,
         prompt_tokens=lengths if prompt_tokens is None else np.array(prompt_tokens),
         logprobs=np.array(logprobs or [False] * len(samplings)),
+        top=top,
     )

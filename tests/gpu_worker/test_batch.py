@@ -14,7 +14,7 @@ def table() -> RowTable:
     rows = RowTable(rows=6, row_tokens=16, block_tokens=4)
     for row, slot in enumerate([1, -1, 0, 1, -1]):
         tokens = ints(range(10 * row, 10 * row + 6))
-        rows.take(NewRow(row, slot, tokens, 6, 0, ints([2 * row, 2 * row + 1]), GREEDY, False))
+        rows.take(NewRow(row, slot, tokens, 6, 0, ints([2 * row, 2 * row + 1]), GREEDY, None))
     return rows
 
 

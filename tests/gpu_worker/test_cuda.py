@@ -15,7 +15,15 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.step_times import Moment
 from gpu_worker.worker import Worker
 from pipeline.adapter_layout import MODULES
-from pipeline.messages import AdapterCopy, AdapterMove, NewRow, PlaceAdapter, Sampling, Step
+from pipeline.messages import (
+    AdapterCopy,
+    AdapterMove,
+    Logprobs,
+    NewRow,
+    PlaceAdapter,
+    Sampling,
+    Step,
+)
 from pipeline.model_config import read_model_config
 from tests.gpu_worker.driving import GREEDY, Driver, Row, ints, make_worker, prompt
 from tests.gpu_worker.packing import arena_of, pack, random_weights
@@ -47,9 +55,9 @@ def generate(worker: Worker, sampling: Sampling, block_tokens: int) -> list[Row]
     """Three prompts at once, then one more while they decode; 12 tokens each."""
     driver = Driver(worker, blocks=range(100), block_tokens=block_tokens)
     for row, length in enumerate([5, 300, 17]):
-        driver.add(row, prompt(row, length, 1000), sampling=sampling, logprobs=True)
+        driver.add(row, prompt(row, length, 1000), sampling=sampling, logprobs=Logprobs())
     driver.generate([0, 1, 2], 6)
-    driver.add(3, prompt(3, 40, 1000), sampling=sampling, logprobs=True)
+    driver.add(3, prompt(3, 40, 1000), sampling=sampling, logprobs=Logprobs())
     driver.step(decode=[0, 1, 2], prefill=[(3, 40)])
     for _ in range(5):
         driver.step(decode=[2, 0, 3, 1])
@@ -88,8 +96,33 @@ def test_a_gpu_produces_what_a_cpu_does(
             if a != b:
                 break
             same += 1
-            assert abs(one.logprobs[index] - other.logprobs[index]) < 0.05
+            assert abs(one.logprobs[index][0] - other.logprobs[index][0]) < 0.05
     assert same / total > 0.9
+
+
+def test_a_gpu_scores_prompts_and_likeliest_tokens_as_a_cpu_does(folder: Path) -> None:
+    biased = Sampling(temperature=0.0, logit_bias=((7, -100.0), (9, 2.0)), min_tokens=2)
+    scored: list[Row] = []
+    for changes in (
+        {"kv_block_tokens": 16, "kv_cache_bytes": 1 << 24},
+        {"device": "cuda", "attention": "triton", "kv_block_tokens": 16, "kv_cache_bytes": 1 << 28},
+    ):
+        driver = Driver(make_worker(folder, **changes), blocks=range(100), block_tokens=16)
+        wanted = Logprobs(3, prompt_top=2)
+        driver.add(0, prompt(0, 300, 1000), sampling=biased, logprobs=wanted, end_token_ids=(3,))
+        driver.step(prefill=[(0, 170)])
+        driver.step(prefill=[(0, 130)])
+        for _ in range(4):
+            driver.step(decode=[0])
+        scored.append(driver.rows[0])
+    one, other = scored
+    assert one.produced == other.produced
+    for a, b in ((one.prompt_logprobs, other.prompt_logprobs), (one.logprobs, other.logprobs)):
+        assert len(a) == len(b)
+        for (own, likeliest), (own_there, likeliest_there) in zip(a, b, strict=True):
+            assert own == pytest.approx(own_there, abs=0.01)
+            values = [value for _, value in likeliest]
+            assert values == pytest.approx([value for _, value in likeliest_there], abs=0.01)
 
 
 # --- adapters on their way -----------------------------------------------------------------------
@@ -197,7 +230,7 @@ def test_a_step_does_not_wait_for_adapters_that_it_does_not_use(
     def steps_of_others(row: int) -> None:
         """A decode step and a prefill."""
         driver.step(decode=[0, 1])
-        new = NewRow(row, 1, ints(prompt(3, 9, 1000)), 9, 0, ints([90 + row]), GREEDY, False)
+        new = NewRow(row, 1, ints(prompt(3, 9, 1000)), 9, 0, ints([90 + row]), GREEDY, None)
         worker.run(Step(99, prefill=ints([row, 0, 9]), new_rows=(new,)))
 
     steps_of_others(2)  # loads the kernels, which may wait for the whole device

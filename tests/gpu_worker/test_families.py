@@ -27,7 +27,7 @@ def last_logits(worker: Worker, tokens: list[int]) -> torch.Tensor:
     """Logits after a prompt that is fed in one chunk."""
     blocks = ints(range(-(-len(tokens) // 4)))
     worker.run(
-        Step(1, new_rows=(NewRow(0, -1, ints(tokens), len(tokens), 0, blocks, GREEDY, False),))
+        Step(1, new_rows=(NewRow(0, -1, ints(tokens), len(tokens), 0, blocks, GREEDY, None),))
     )
     step = Step(2, prefill=np.array([[0, 0, len(tokens)]], np.int32).tobytes())
     return worker.logits(make_batch(step, worker.rows))[0]

@@ -88,7 +88,7 @@ def test_it_gets_ready_runs_steps_in_order_and_leaves(
     with create(path, 1 << 20) as arena:
         arena[: len(staged)] = staged[:]
     tokens = prompt(1, 6)
-    row = NewRow(2, 2, ints(tokens), 6, 0, ints([3, 1, 2]), GREEDY, False)
+    row = NewRow(2, 2, ints(tokens), 6, 0, ints([3, 1, 2]), GREEDY, None)
     chunk = np.array([[2, 0, 6]], np.int32).tobytes()
     peers.outbox.send("gpu_worker", AttachArena(str(path), 1 << 20))
     for copy in copies:

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gpu_worker.rows import SAMPLING, RowTable
-from pipeline.messages import NewRow, Sampling
+from pipeline.messages import Logprobs, NewRow, Sampling
 from tests.gpu_worker.driving import ints
 
 
@@ -22,7 +22,7 @@ def new_row(row: int = 1, **changes: object) -> NewRow:
         "cached_tokens": 0,
         "blocks": ints([10, 11]),
         "sampling": Sampling(),
-        "logprobs": True,
+        "logprobs": Logprobs(3),
     }
     return NewRow(**{**fields, **changes})  # type: ignore[arg-type]
 
@@ -36,9 +36,11 @@ def test_a_new_row_holds_what_the_message_says() -> None:
     sampling = Sampling(temperature=0.5, top_p=0.25, top_k=7, seed=2**64 - 1)
     rows.take(new_row(sampling=sampling))
     assert rows.slot.tolist() == [-1, 3, -1, -1]
-    assert (rows.length[1], rows.prompt_tokens[1], rows.logprobs[1]) == (5, 4, True)
+    assert (rows.length[1], rows.prompt_tokens[1], rows.top[1]) == (5, 4, 3)
     assert {name: rows.sampling[1][name] for name in SAMPLING.names or ()} == {
-        name: getattr(sampling, name) for name in sampling.__struct_fields__
+        name: getattr(sampling, name)
+        for name in sampling.__struct_fields__
+        if name not in ("logit_bias", "min_tokens")  # see Biases
     }
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from gpu_worker.biases import StepBiases
 from gpu_worker.sampling import NOT_FINITE, penalise, sample
 from pipeline.messages import Sampling
 from tests.gpu_worker.sampling_params import sampled_rows
@@ -149,14 +150,18 @@ def test_a_row_gets_the_same_token_alone_and_in_a_batch(batch: list[Sampling], d
     scores = logits(len(batch), 1000).to(torch.bfloat16 if dtype == "b" else torch.float32)
     histories = [[7, 8, row, 7] for row in range(len(batch))]
     wanted = [row % 2 == 0 for row in range(len(batch))]
-    rows = sampled_rows(batch, histories=histories, logprobs=wanted)
+    rows = sampled_rows(batch, histories=histories, logprobs=wanted, top=3)
     together, logprobs = sample(scores, rows)
     assert logprobs is not None
     for row, sampling in enumerate(batch):
-        only = sampled_rows([sampling], histories=[histories[row]], logprobs=[wanted[row]])
+        only = sampled_rows([sampling], histories=[histories[row]], logprobs=[wanted[row]], top=3)
         alone, logprob = sample(scores[row : row + 1], only)
         assert alone[0] == together[row]
-        assert (logprob[0] if logprob is not None else 0) == logprobs[row]
+        if wanted[row]:
+            assert logprob is not None
+            assert torch.equal(logprob[0], logprobs[row // 2])
+        else:
+            assert logprob is None
 
 
 def test_another_seed_or_position_draws_another_number() -> None:
@@ -180,18 +185,21 @@ def test_a_row_that_is_not_finite_gets_minus_one_and_nobody_else_does(
     poisoned, logprobs = sample(scores, sampled_rows([sampling] * 3, logprobs=[True] * 3))
     assert poisoned.tolist() == [alone[0], NOT_FINITE, alone[2]]
     assert logprobs is not None
-    assert logprobs.isfinite().all()
+    assert logprobs[[0, 2]].view(torch.float32).isfinite().all()
 
 
-def test_logprobs_are_the_models_own() -> None:
-    """Before penalties, temperature and filters."""
+def test_logprobs_are_the_models_own_whatever_is_sampled_from() -> None:
+    """Before bias, penalties, temperature and filters."""
     scores = logits(3)
     cold = Sampling(temperature=0.1, top_k=2, repetition_penalty=3.0)
+    biases = StepBiases(np.array([2]), np.array([7]), np.array([50.0], np.float32))
     rows = sampled_rows([cold] * 3, histories=[[4, 5]] * 3, logprobs=[True, False, True])
-    chosen, logprobs = sample(scores, rows)
+    chosen, logprobs = sample(scores, rows._replace(biases=biases))
+    assert chosen[2] == 7
     expected = scores.log_softmax(-1)[torch.arange(3), chosen]
     assert logprobs is not None
-    torch.testing.assert_close(logprobs, expected * torch.tensor([1, 0, 1]), rtol=1e-5, atol=0)
+    own = logprobs.view(torch.float32)[:, 0]
+    torch.testing.assert_close(own, expected[[0, 2]], rtol=1e-5, atol=0)
 
 
 def test_logprobs_are_computed_only_if_somebody_wants_them() -> None:

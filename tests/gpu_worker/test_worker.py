@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -11,7 +10,7 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
-from pipeline.messages import Sampling, Step
+from pipeline.messages import Logprobs, Sampling, Step
 from tests.gpu_worker.driving import Driver, ints, prompt
 from tests.gpu_worker.packing import Packed, arena_of, pack, random_weights
 
@@ -45,12 +44,13 @@ def test_a_chunk_inside_its_prompt_gives_no_token(driver: Driver) -> None:
 
 def test_logprobs_come_in_the_order_of_the_tokens_if_a_row_wants_them(driver: Driver) -> None:
     driver.add(0, prompt(1, 9))
-    driver.add(1, prompt(2, 5), logprobs=True)
+    driver.add(1, prompt(2, 5), logprobs=Logprobs())
     assert driver.prefill_all([0]).done.logprobs == b""
     result = driver.step(decode=[0], prefill=[(1, 5)])
-    other, wanted = np.frombuffer(result.done.logprobs, np.float32)
-    assert other == 0
-    assert wanted < 0
+    assert len(result.done.logprobs) == 4
+    [(logprob, _)] = driver.rows[1].logprobs
+    assert logprob < 0
+    assert driver.rows[0].logprobs == []
 
 
 def test_a_row_that_is_not_finite_gets_minus_one_and_its_neighbours_their_tokens(

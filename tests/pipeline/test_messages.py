@@ -17,11 +17,15 @@ from pipeline.messages import (
     AdapterKey,
     Cancel,
     Message,
+    Piece,
+    Pieces,
     Prefetch,
     Shutdown,
+    StepDone,
     ToAdapterLoader,
     ToFrontend,
     ToGpuWorker,
+    Tokens,
     ToScheduler,
     ToTokenizerWorker,
     Value,
@@ -144,3 +148,13 @@ def test_the_text_of_a_message_does_not_show_its_secrets(name: str, kind: type[M
     text = repr(kind(**given, **others))
     assert "hf_secret" not in text
     assert all(f"{field}=7" in text for field in others)
+
+
+def test_a_step_for_which_nobody_wants_logprobs_has_one_empty_field_for_them() -> None:
+    """Every step pays for each byte, so that there is no other field for what they bring."""
+    done = msgspec.msgpack.encode(StepDone(1, b"1234"))
+    assert done == b"\x95\xa8StepDone\x01\xc4\x041234\xc4\x00\x00"
+    tokens = msgspec.msgpack.encode(Tokens([1], [2], {}))
+    assert tokens == b"\x95\xa6Tokens\x91\x01\x91\x02\x80\x90"
+    assert len(msgspec.msgpack.encode(Piece(1, "a"))) == 5
+    assert len(msgspec.msgpack.encode(Pieces([]))) == 1 + 7 + 2

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from pipeline.logprobs import pack
 from pipeline.messages import (
     AdapterCopy,
     AdapterMove,
@@ -51,6 +52,22 @@ def unpack(numbers: bytes) -> list[int]:
     return array("i", numbers).tolist()
 
 
+def logprob_row(token: int) -> bytes:
+    """What is said of a token, wherever it stands."""
+    return pack(-float(token), [(token, -float(token))])
+
+
+def _logprob(row: "Row", token: int) -> bytes:
+    return b"" if row.logprobs is None else logprob_row(token)
+
+
+def _scored(row: "Row", start: int, count: int) -> bytes:
+    if row.logprobs is None or row.logprobs.prompt_top is None:
+        return b""
+    scored = row.token_ids[start + 1 : start + 1 + count]
+    return b"".join(map(logprob_row, scored[: max(0, row.prompt_tokens - 1 - start)]))
+
+
 class Row:
     def __init__(self, new: NewRow, content: str) -> None:
         self.slot = new.slot
@@ -59,6 +76,8 @@ class Row:
         self.blocks = unpack(new.blocks)
         self.position = new.cached_tokens  # the next to be fed
         self.last_token: int | None = None
+        self.prompt_tokens = new.prompt_tokens
+        self.logprobs = new.logprobs
 
 
 class FakeWorker:
@@ -94,6 +113,7 @@ class FakeWorker:
         self._copies: dict[int, AdapterCopy] = {}  # by slot; what still lies in the pool
         self._content_of: dict[int, str] = {-1: BASE}  # by slot
         self._filled_after: dict[int, int] = {}  # by slot: steps that were sent before
+        self._sampled_rows: list[Row] = []  # of the step that runs
 
     def send(self, step: Step) -> None:
         self.steps.append(step)
@@ -124,9 +144,14 @@ class FakeWorker:
         assert max(Counter(decode_rows + [row for row, _, _ in chunks]).values(), default=1) == 1
         assert len(decode_rows) + sum(count for _, _, count in chunks) <= self._step_tokens
         sampled = [self._decode(self._rows[number]) for number in decode_rows]
+        self._sampled_rows = [self._rows[number] for number in decode_rows]
         for number, start, count in chunks:
             sampled += self._prefill(self._rows[number], start, count)
-        return StepDone(step.step_id, array("i", sampled).tobytes())
+        logprobs = [
+            _logprob(row, token) for row, token in zip(self._sampled_rows, sampled, strict=True)
+        ]
+        logprobs += [_scored(self._rows[number], *chunk) for number, *chunk in chunks]
+        return StepDone(step.step_id, array("i", sampled).tobytes(), b"".join(logprobs))
 
     def _change_rows(self, step: Step) -> None:
         for number in unpack(step.free_rows):
@@ -195,7 +220,10 @@ class FakeWorker:
         assert end <= len(row.token_ids)
         for token in row.token_ids[start:end]:
             self._feed(row, token)
-        return [self._sample(row)] if end == len(row.token_ids) else []
+        if end < len(row.token_ids):
+            return []
+        self._sampled_rows.append(row)
+        return [self._sample(row)]
 
     def _feed(self, row: Row, token: int) -> None:
         self._check_adapter(row)

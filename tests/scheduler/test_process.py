@@ -147,7 +147,7 @@ def test_a_request_goes_through_and_the_process_ends_after_the_last(
     assert ready.facts == {"kv_blocks": 64, "kv_block_tokens": 4, "adapter_pool_bytes": 4096}
     neighbours.send(submit(), Shutdown("tokenizer_workers"))
     answer(neighbours, 9)
-    assert neighbours.next("tokenizer_workers", Tokens) == Tokens([1], [9], [])
+    assert neighbours.next("tokenizer_workers", Tokens) == Tokens([1], [9], {})
     answer(neighbours, EOS)
     tokens = neighbours.next("tokenizer_workers", Tokens)
     assert tokens.token_ids == [EOS]

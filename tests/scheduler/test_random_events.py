@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.messages import AdminVerb, FinishReason, Tier
+from pipeline.messages import AdminVerb, FinishReason, Logprobs, Tier
 from tests.scheduler.fake_loader import UNAVAILABLE
-from tests.scheduler.fake_worker import BASE, BROKEN, reply
+from tests.scheduler.fake_worker import BASE, BROKEN, logprob_row, reply
 from tests.scheduler.world import World
 
 ADAPTERS = ("a", "b", "c", "d", "e")
@@ -30,6 +30,8 @@ requests = st.fixed_dictionaries(
         "adapter": st.sampled_from((None, None, *ADAPTERS)),
         "ignore_eos": st.booleans(),
         "tenant": st.sampled_from(("", "one", "another")),
+        "choices": st.sampled_from((1, 1, 1, 2, 4)),
+        "logprobs": st.sampled_from((None, None, Logprobs(), Logprobs(1, prompt_top=1))),
     }
 )
 
@@ -224,6 +226,21 @@ class AnyOrder(RuleBasedStateMachine):
                 assert end.usage.completion_tokens == len(produced)
             if whole:
                 assert produced
+            self._check_logprobs(request_id, prompt, produced, whole=whole)
+
+    def _check_logprobs(
+        self, request_id: int, prompt: list[int], produced: list[int], *, whole: bool
+    ) -> None:
+        world, request = self.world, self.world.requests[request_id]
+        wanted = request.logprobs
+        expected = [] if wanted is None else [logprob_row(token) for token in produced]
+        assert world.logprobs[request_id] == expected
+        of_prompt = world.prompt_logprobs[request_id]
+        if wanted is None or wanted.prompt_top is None or request_id != request.request_id:
+            assert of_prompt == []
+            return
+        scored = [logprob_row(token) for token in prompt[1:]]
+        assert of_prompt == scored if whole or produced else of_prompt == scored[: len(of_prompt)]
 
     def _check_all_came_back(self) -> None:
         world = self.world

@@ -5,7 +5,17 @@ from array import array
 
 import pytest
 
-from pipeline.messages import FailureKind, FinishReason, Step, StepDone, Submit, Tokens, WorkerReady
+from pipeline.logprobs import pack
+from pipeline.messages import (
+    FailureKind,
+    FinishReason,
+    Logprobs,
+    Step,
+    StepDone,
+    Submit,
+    Tokens,
+    WorkerReady,
+)
 from scheduler.core import Scheduler
 from tests.scheduler.fake_worker import BASE, BROKEN, EOS, next_token, reply
 from tests.scheduler.world import SETTINGS, World
@@ -227,14 +237,15 @@ def test_logprobs_travel_beside_their_tokens(wanted: bool) -> None:
     core = Scheduler(settings=SETTINGS, eos_token_ids=())
     core.worker_ready(WorkerReady(8, 4, 1024, 4, 4), 0.0)
     prompt = array("i", [5]).tobytes()
-    core.submit(Submit(1, 0, 0.0, prompt, max_tokens=3, logprobs=wanted), 0.0)
+    asked = Logprobs() if wanted else None
+    core.submit(Submit(1, 0, 0.0, prompt, max_tokens=3, logprobs=asked), 0.0)
     step = core.next_work(0.0)
     assert isinstance(step, Step)
-    assert step.new_rows[0].logprobs is wanted
-    logprobs = array("f", [-0.5]).tobytes() if wanted else b""
+    assert step.new_rows[0].logprobs == asked
+    logprobs = pack(-0.5, []) if wanted else b""
     core.step_done(StepDone(1, array("i", [7]).tobytes(), logprobs), 0.0)
     [(_, _, message)] = core.take_outbox()
-    assert message == Tokens([1], [7], [-0.5] if wanted else [])
+    assert message == Tokens([1], [7], {0: pack(-0.5, [])} if wanted else {})
 
 
 def test_a_step_that_is_reported_out_of_order_is_a_defect() -> None:

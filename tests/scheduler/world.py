@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import msgspec
 
 from benchmarks.simulation.watched import Watched
+from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
     AdapterDescription,
@@ -25,8 +26,11 @@ from pipeline.messages import (
     ForgetAdapter,
     ListAdapters,
     LoadAdapter,
+    Logprobs,
     Prefetch,
+    PromptLogprobs,
     ReleaseAdapter,
+    Sampling,
     Step,
     Submit,
     Tokens,
@@ -89,6 +93,8 @@ class World:
         self.sent: list[Envelope] = []  # all that ever left the outbox
         self.requests: dict[int, Submit] = {}
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[bytes]] = {}  # by request, as they came
+        self.prompt_logprobs: dict[int, list[bytes]] = {}
         self.finished: dict[int, Finished] = {}
         self.cancelled: set[int] = set()
         self.commands: dict[int, AdminCommand] = {}
@@ -119,10 +125,12 @@ class World:
         token: str | None = None,
         ignore_eos: bool = True,
         worker: int = 0,
-        logprobs: bool = False,
+        logprobs: Logprobs | None = None,
         tenant: str = "",
+        choices: int = 1,
+        seed: int = 0,
     ) -> int:
-        """Returns the request's number."""
+        """Returns the request's number; that of its first choice."""
         request = Submit(
             request_id=len(self.requests) + 1,
             worker=worker,
@@ -132,17 +140,22 @@ class World:
             adapter=key(adapter) if isinstance(adapter, str) else adapter,
             adapter_token=token,
             ignore_eos=ignore_eos,
+            sampling=Sampling(seed=seed),
             logprobs=logprobs,
             tenant=tenant,
+            choices=choices,
         )
-        self.requests[request.request_id] = request
-        self.tokens[request.request_id] = []
+        for request_id in request_ids(request.request_id, choices):
+            self.requests[request_id] = request
+            self.tokens[request_id] = []
+            self.logprobs[request_id] = []
+            self.prompt_logprobs[request_id] = []
         self.core.submit(request, self.now)
         self.settle()
         return request.request_id
 
     def cancel(self, request_id: int) -> None:
-        self.core.cancel(Cancel(request_id))
+        self.core.cancel(Cancel(request_id), self.now)
         if request_id not in self.finished:
             self.cancelled.add(request_id)
         self.settle()
@@ -260,6 +273,10 @@ class World:
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)
+                case PromptLogprobs():
+                    self._check_open(message.request_id, index)
+                    assert not self.tokens[message.request_id], "the prompt comes first"
+                    self.prompt_logprobs[message.request_id] += message.rows
                 case _:
                     raise AssertionError(message)
 
@@ -276,9 +293,12 @@ class World:
                 self.listed = {one.adapter.id: one for one in message.adapters}
 
     def _read(self, message: Tokens, worker: int) -> None:
-        for request_id, token in zip(message.request_ids, message.token_ids, strict=True):
+        ids = zip(message.request_ids, message.token_ids, strict=True)
+        for at, (request_id, token) in enumerate(ids):
             self._check_open(request_id, worker)
             self.tokens[request_id].append(token)
+            if at in message.logprobs:
+                self.logprobs[request_id].append(message.logprobs[at])
         for end in message.finished:
             self._check_open(end.request_id, worker)
             self.finished[end.request_id] = end

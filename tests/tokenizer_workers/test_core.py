@@ -8,18 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import RequestError
+from pipeline.logprobs import pack
 from pipeline.messages import (
     REQUEST_BITS,
     AdapterKey,
+    Alternative,
     Cancel,
     End,
     Failure,
     FailureKind,
     Finished,
     FinishReason,
+    Logprobs,
     Piece,
     Pieces,
     Prompt,
+    PromptDetails,
+    PromptLogprobs,
     Sampling,
     Shutdown,
     Submit,
@@ -28,6 +33,7 @@ from pipeline.messages import (
     Usage,
 )
 from tokenizer_workers.core import Core
+from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoded
 
 SPECIAL = 0
@@ -52,6 +58,8 @@ class Letters:
 
 def encode(prompt: Prompt) -> Encoded:
     """One token for each letter."""
+    if prompt.token_ids is not None:
+        return Encoded(prompt.token_ids, len(prompt.token_ids) // 4, 100)
     if not prompt.text:
         raise RequestError(400, FailureKind.VALIDATION, "nothing to do")
     ids = array("i", map(ord, prompt.text))
@@ -65,7 +73,7 @@ def core(worker: int = 0, frontends: int = 1) -> Core:
         encode=encode,
         new_decoder=Letters,
         new_token_decoder=Letters,
-        special_ids=frozenset({SPECIAL}),
+        vocabulary=Vocabulary(lambda token_id: chr(token_id).encode(), frozenset({SPECIAL})),
     )
 
 
@@ -85,7 +93,7 @@ def started(*prompts: Prompt, frontends: int = 1) -> Core:
 def step(text: str, request_id: int = 1, **given: Any) -> Tokens:
     """The scheduler's message when a request produced these letters."""
     ids = [ord(letter) for letter in text]
-    return Tokens(request_ids=[request_id] * len(ids), token_ids=ids, logprobs=[], **given)
+    return Tokens(request_ids=[request_id] * len(ids), token_ids=ids, logprobs={}, **given)
 
 
 def finished(request_id: int = 1, reason: FinishReason = FinishReason.EOS) -> Finished:
@@ -144,7 +152,7 @@ def test_a_prompt_that_cannot_run_ends_at_once_with_the_reason() -> None:
 
 def test_the_tokens_of_a_step_become_one_message_to_each_frontend() -> None:
     worker = started(prompt(1), prompt(2), prompt(SECOND_FRONTEND), frontends=2)
-    worker.tokens(Tokens([1, 2, SECOND_FRONTEND], [*b"xyz"], []), now=11.0)
+    worker.tokens(Tokens([1, 2, SECOND_FRONTEND], [*b"xyz"], {}), now=11.0)
     assert sent(worker) == [
         ("frontend", 0, Pieces([Piece(1, "x"), Piece(2, "y")])),
         ("frontend", 1, Pieces([Piece(SECOND_FRONTEND, "z")])),
@@ -176,7 +184,7 @@ def test_an_end_without_a_token_is_passed_on_with_its_failure() -> None:
     worker = started()
     failure = Failure(404, FailureKind.ADAPTER_NOT_FOUND, "no adapter `x`")
     gone = Finished(1, FinishReason.ERROR, USAGE, failure)
-    worker.tokens(Tokens([], [], [], finished=(gone,)), now=11.0)
+    worker.tokens(Tokens([], [], {}, finished=(gone,)), now=11.0)
     assert to_frontend(worker) == Pieces([], (End(1, FinishReason.ERROR, USAGE, failure),))
 
 
@@ -223,14 +231,18 @@ def test_the_beginning_of_a_stop_string_is_shown_when_the_request_ends() -> None
 
 def test_token_details_come_with_each_token_even_where_no_text_is_ready() -> None:
     worker = started(prompt(token_details=True, stop=("ab",)))
-    worker.tokens(Tokens([1, 1], [ord("a"), SPECIAL], [-0.5, -1.5]), now=11.0)
-    details = (TokenDetail(ord("a"), "a", -0.5, False), TokenDetail(SPECIAL, "", -1.5, True))
+    rows = {at: pack(logprob, []) for at, logprob in enumerate((-0.5, -1.5))}
+    worker.tokens(Tokens([1, 1], [ord("a"), SPECIAL], rows), now=11.0)
+    details = (
+        TokenDetail(ord("a"), "a", -0.5, False),
+        TokenDetail(SPECIAL, "", -1.5, True, data=b"\0"),
+    )
     assert to_frontend(worker) == Pieces([Piece(1, "", details)])
 
 
 def test_only_the_request_that_asked_gets_token_details() -> None:
     worker = started(prompt(1, token_details=True), prompt(2))
-    worker.tokens(Tokens([1, 2], [*b"xy"], []), now=11.0)
+    worker.tokens(Tokens([1, 2], [*b"xy"], {}), now=11.0)
     [first, second] = to_frontend(worker).pieces
     assert first == Piece(1, "x", (TokenDetail(ord("x"), "x", None, False),))
     assert second == Piece(2, "y")
@@ -331,3 +343,67 @@ def test_completion_tokens_run_up_to_the_one_that_completed_the_stop_string(coun
     worker.tokens(step("a" * (count - 1) + "#aaa"), now=11.0)
     _, (_, _, pieces) = sent(worker)
     assert pieces.ends[0].usage.completion_tokens == count
+
+
+def test_the_choices_of_a_prompt_are_requests_of_their_own_and_one_submit() -> None:
+    worker = core()
+    worker.prompt(prompt(7, choices=3), now=10.5)
+    [(_, _, submit)] = sent(worker)
+    assert (submit.request_id, submit.choices) == (7, 3)
+    assert worker.requests == 3
+    worker.tokens(Tokens([7, 8, 9], [*b"xyz"], {}), now=11.0)
+    assert to_frontend(worker) == Pieces([Piece(7, "x"), Piece(8, "y"), Piece(9, "z")])
+    worker.cancel(8)
+    assert sent(worker) == [("scheduler", 0, Cancel(8))]
+
+
+def test_a_prompt_that_cannot_run_ends_all_of_its_choices() -> None:
+    worker = core()
+    worker.prompt(prompt(7, text="", choices=2), now=10.5)
+    assert [end.request_id for end in to_frontend(worker).ends] == [7, 8]
+
+
+def test_what_a_request_wants_of_the_scheduler_is_passed_on() -> None:
+    worker = core()
+    wanted = Logprobs(2, prompt_top=1)
+    worker.prompt(prompt(logprobs=wanted, stop_token_ids=(5,)), now=10.5)
+    [(_, _, submit)] = sent(worker)
+    assert submit.logprobs == wanted
+    assert submit.stop_token_ids == (5,)
+
+
+def test_a_prompts_details_are_told_when_the_last_of_them_has_come() -> None:
+    wanted = Logprobs(prompt_top=1)
+    worker = started(prompt(logprobs=wanted, prompt_details=True))
+    worker.prompt_logprobs(PromptLogprobs(1, [pack(-1.0, [(ord("x"), -0.5)])]))
+    assert sent(worker) == []
+    worker.prompt_logprobs(PromptLogprobs(1, [pack(-2.0, [(ord("c"), -2.0)])]))
+    worker.tokens(step("y"), now=11.0)
+    (_, _, details), (_, _, pieces) = sent(worker)
+    expected = (
+        TokenDetail(ord("a"), "a", None, False),
+        TokenDetail(ord("b"), "b", -1.0, False, (Alternative(ord("x"), "x", -0.5),)),
+        TokenDetail(ord("c"), "c", -2.0, False, (Alternative(ord("c"), "c", -2.0),)),
+    )
+    assert details == PromptDetails(1, "abc", expected)
+    assert pieces == Pieces([Piece(1, "y")])
+
+
+def test_a_prompt_whose_text_alone_is_wanted_is_told_at_once() -> None:
+    worker = core()
+    ids = array("i", [*b"xy"]).tobytes()
+    worker.prompt(prompt(1, "xy", prompt_details=True), now=10.5)
+    worker.prompt(
+        Prompt(request_id=2, arrived=1.0, token_ids=ids, text=None, prompt_details=True), now=10.5
+    )
+    told = [message for _, _, message in sent(worker) if isinstance(message, PromptDetails)]
+    assert told == [PromptDetails(1, "xy"), PromptDetails(2, "xy")]
+
+
+def test_the_details_of_a_cancelled_prompt_are_not_told() -> None:
+    worker = core()
+    worker.prompt(prompt(1, prompt_details=True), now=10.5)
+    worker.cancel(1)
+    assert [process for process, _, _ in sent(worker)] == ["scheduler", "scheduler"]
+    worker.prompt_logprobs(PromptLogprobs(1, [pack(-1.0, [])]))
+    assert sent(worker) == []

@@ -55,7 +55,7 @@ def test_any_ids_of_a_byte_level_vocabulary_decode_as_the_tokenizer_does(
 @given(text=texts)
 def test_sentencepiece_text_comes_back_whole(text: str) -> None:
     ids = SENTENCEPIECE.encode(text).ids
-    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, special_ids(SENTENCEPIECE))
+    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, special_ids(SENTENCEPIECE)).new
     assert "".join(pieces(new_decoder, ids)) == decode(SENTENCEPIECE, ids)
 
 
@@ -83,13 +83,13 @@ def test_any_ids_of_a_sentencepiece_vocabulary_decode_as_the_tokenizer_does(
 ) -> None:
     tokenizer = sentencepiece_like(strip)
     ids = [token_id for run, end in runs for token_id in (*run, end)] + last
-    new_decoder = decoders(tokenizer, VOCABULARY, special_ids(tokenizer))
+    new_decoder = decoders(tokenizer, VOCABULARY, special_ids(tokenizer)).new
     assert "".join(pieces(new_decoder, ids)) == decode(tokenizer, ids)
 
 
 def test_a_broken_run_of_byte_tokens_keeps_its_whole_characters() -> None:
     """The tokenizer gives up such a run; here its beginning may have been sent already."""
-    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, ())
+    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, ()).new
     assert pieces(new_decoder, byte_tokens(b"\n\xc3!\xe6\x97")) == ["\n", "", "�!", "", "", "��"]
 
 
@@ -107,7 +107,7 @@ def test_half_a_character_at_the_end_is_replaced(model: TextModel, tokenizer: To
 
 
 def test_a_new_line_of_byte_tokens_is_not_held_back() -> None:
-    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, ())
+    new_decoder = decoders(SENTENCEPIECE, VOCABULARY, ()).new
     assert pieces(new_decoder, byte_tokens(b"\n")) == ["\n", ""]
 
 
@@ -119,14 +119,14 @@ def test_added_tokens_decode_as_the_tokenizer_does(
     tokenizer = with_added_tokens(make())
     added = st.integers(tokenizer.get_vocab_size() - 6, tokenizer.get_vocab_size() - 1)
     ids = data.draw(st.lists(added))
-    new_decoder = decoders(tokenizer, tokenizer.get_vocab_size(), special_ids(tokenizer))
+    new_decoder = decoders(tokenizer, tokenizer.get_vocab_size(), special_ids(tokenizer)).new
     assert "".join(pieces(new_decoder, ids)) == decode(tokenizer, ids)
 
 
 @given(ids=st.lists(st.integers(0, word_pieces().get_vocab_size() - 1)))
 def test_a_tokenizer_without_a_table_is_asked_again_and_again(ids: list[int]) -> None:
     tokenizer = word_pieces()
-    new_decoder = decoders(tokenizer, tokenizer.get_vocab_size(), special_ids(tokenizer))
+    new_decoder = decoders(tokenizer, tokenizer.get_vocab_size(), special_ids(tokenizer)).new
     assert isinstance(new_decoder(), PrefixDecoder)
     assert "".join(pieces(new_decoder, ids)) == decode(tokenizer, ids)
 
@@ -162,5 +162,5 @@ def test_special_tokens_are_hidden_from_the_text_and_shown_in_the_details(
 def test_ids_between_the_tokenizer_and_the_model_add_nothing(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
     padded = tokenizer.get_vocab_size() + 100
-    decoder_of = decoders(tokenizer, padded, ())
+    decoder_of = decoders(tokenizer, padded, ()).new
     assert pieces(decoder_of, [padded - 1]) == ["", ""]

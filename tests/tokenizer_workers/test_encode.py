@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from pipeline.errors import RequestError
-from pipeline.messages import FailureKind, Prompt
+from pipeline.messages import FailureKind, Prompt, Sampling
 from tests.tokenizer_workers.tokenizers_for_tests import sentencepiece_like
 from tokenizer_workers.chat_template import ChatTemplate
 from tokenizer_workers.encode import Encoder
@@ -121,6 +121,16 @@ def test_an_empty_stop_string_is_refused() -> None:
     assert refusal(encoder(), text="cat", stop=("a", "")).message == (
         "`stop` strings cannot be empty"
     )
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 20])
+def test_parameters_name_tokens_of_the_vocabulary_or_are_refused(wrong: int) -> None:
+    biased = Sampling(logit_bias=((3, 1.0), (wrong, 1.0)))
+    error = refusal(encoder(), text="the cat", sampling=biased)
+    assert f"`logit_bias` names token id {wrong}" in error.message
+    error = refusal(encoder(), text="the cat", stop_token_ids=(3, wrong))
+    assert f"`stop_token_ids` names token id {wrong}" in error.message
+    assert ids_of(encoder(), text="the cat", sampling=Sampling(logit_bias=((3, 1.0),)))
 
 
 def test_a_chat_without_a_template_is_refused() -> None:

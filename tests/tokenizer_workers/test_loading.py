@@ -60,7 +60,7 @@ def test_a_named_special_token_is_special_though_the_file_does_not_say_so(tmp_pa
     settings = write_model(tmp_path, eos_token="cat", pad_token="not in the vocabulary")
     cat = sentencepiece_like().token_to_id("cat")
     model = load(settings)
-    assert cat in model.special_ids
+    assert cat in model.vocabulary.special_ids
     assert model.new_decoder().push(cat) == ""
     assert model.new_token_decoder().push(cat) == "cat"
     size = sentencepiece_like().get_vocab_size()
@@ -69,7 +69,7 @@ def test_a_named_special_token_is_special_though_the_file_does_not_say_so(tmp_pa
 
 def test_the_models_end_of_text_adds_nothing_to_the_text(tmp_path: Path) -> None:
     model = load(write_model(tmp_path))
-    assert 260 not in model.special_ids
+    assert 260 not in model.vocabulary.special_ids
     assert model.new_decoder().push(260) == ""
     assert model.new_token_decoder().push(260) != ""
 
@@ -86,7 +86,7 @@ def test_the_template_file_is_read_and_wins(tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer_configuration_will_do(tmp_path: Path) -> None:
     settings = write_model(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
-    assert load(settings).special_ids == frozenset({0, 1, 2})
+    assert load(settings).vocabulary.special_ids == frozenset({0, 1, 2})
 
 
 @pytest.mark.parametrize(
@@ -116,4 +116,4 @@ def test_the_default_model_has_its_special_tokens_and_its_template(
 ) -> None:
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         shutil.copy(folder / name, tmp_path)
-    assert len(load(Settings(model_folder=str(tmp_path))).special_ids) == 17
+    assert len(load(Settings(model_folder=str(tmp_path))).vocabulary.special_ids) == 17

@@ -119,7 +119,7 @@ def test_a_request_goes_from_prompt_to_end_and_the_worker_leaves_nothing(
 
     ids = tokenizer.encode("Paris!").ids
     end = Finished(1, FinishReason.EOS, Usage(prompt_tokens=31, completion_tokens=len(ids)))
-    neighbours.send(Tokens([1] * len(ids), ids, [], finished=(end,)))
+    neighbours.send(Tokens([1] * len(ids), ids, {}, finished=(end,)))
     pieces = neighbours.next(neighbours.frontend, Pieces)
     assert [piece.text for piece in pieces.pieces] == ["Paris!"]
     assert pieces.ends == (End(1, FinishReason.EOS, end.usage),)
@@ -141,7 +141,7 @@ def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
     neighbours.next(neighbours.scheduler, Submit)
     ids = tokenizer.encode("Paris or London").ids
     for token_id in ids:
-        neighbours.send(Tokens([1], [token_id], []))
+        neighbours.send(Tokens([1], [token_id], {}))
     assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1)
     text, ends = "", ()
     while not ends:

@@ -1,0 +1,200 @@
+"""What becomes of each field of each route: honoured, refused or ignored, and why.
+
+A field that is honoured has an example that changes what is asked for or how it is answered; one
+that is ignored has an example that changes neither; one that is refused is named in the refusal.
+A field that a route knows and that is not here fails a test, and so does one that is here only.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import pytest
+
+from frontend.adapters import AdapterNames
+from frontend.calls import Call, ChoicesShape, Part
+from frontend.exchange import HttpReply
+from frontend.openai import ChatRequest, CompletionRequest, OpenAI
+from pipeline.messages import End, FinishReason, Piece, PromptDetails, TokenDetail, Usage
+from tests.frontend.fakes import BASE, json_of, streamed
+
+OPENAI = OpenAI(
+    base_model=BASE,
+    adapters=AdapterNames(base_model=BASE, default_source="hub", sources=("hub", "s3"), roots=()),
+    max_stop_sequences=4,
+    max_choices=8,
+)
+
+
+class Field(NamedTuple):
+    what: Literal["honoured", "refused", "ignored"]
+    why: str
+    example: Any
+    beside: dict[str, Any] = {}  # what else the example needs
+
+
+def honoured(why: str, example: Any, **beside: Any) -> Field:
+    return Field("honoured", why, example, beside)
+
+
+def refused(why: str, example: Any) -> Field:
+    return Field("refused", why, example)
+
+
+def ignored(why: str, example: Any) -> Field:
+    return Field("ignored", why, example)
+
+
+MERGE = {"ids": ["org/a", "org/b"], "weights": [1, 1]}
+ONE_ANSWER = "is for models that think first, which none of ours does"
+
+BOTH = {
+    "model": honoured(
+        "the adapter, by id or name; empty or the base model's id is the base", "o/a"
+    ),
+    "stream": honoured("server-sent events", True),
+    "stream_options": honoured("include_usage", {"include_usage": True}, stream=True),
+    "temperature": honoured("0 is greedy", 0.5),
+    "top_p": honoured("0 is greedy", 0.5),
+    "seed": honoured("the first choice's; those of the others follow from it", 5),
+    "stop": honoured("cut from the text", ["x"]),
+    "frequency_penalty": honoured("over the output", 1),
+    "presence_penalty": honoured("over the output", 1),
+    "n": honoured("choices that share the prompt's computation", 2),
+    "logit_bias": honoured("by token id", {"5": -100}),
+    "top_k": honoured("vLLM's and LoRAX's", 5),
+    "min_p": honoured("vLLM's", 0.1),
+    "typical_p": honoured("LoRAX's", 0.5),
+    "repetition_penalty": honoured("vLLM's and LoRAX's", 1.5),
+    "ignore_eos": honoured("vLLM's", True),
+    "ignore_eos_token": honoured("LoRAX's", True),
+    "min_tokens": honoured("vLLM's: no token that ends it comes earlier", 2),
+    "stop_token_ids": honoured("vLLM's: each ends it as EOS does", [5]),
+    "adapter_source": honoured("LoRAX's", "s3", model="bucket/a"),
+    "merged_adapters": honoured("LoRAX's", MERGE),
+    "api_token": honoured("LoRAX's: shown to the adapter's source", "t", model="o/a"),
+    "user": ignored("names an end user, for abuse reports", "me"),
+    "metadata": ignored("labels of a stored reply; nothing is stored", {"a": "b"}),
+    "store": ignored("nothing is stored", True),
+    "service_tier": ignored("there is one", "auto"),
+    "safety_identifier": ignored("names an end user, for abuse reports", "me"),
+    "prompt_cache_key": ignored("the prefix cache needs no hint", "k"),
+    "prompt_cache_retention": ignored("the prefix cache keeps what it can", "24h"),
+}
+CHAT = BOTH | {
+    "messages": honoured("through the chat template", [{"role": "user", "content": "Ho"}]),
+    "max_tokens": honoured("the old name of max_completion_tokens", 5),
+    "max_completion_tokens": honoured("the length", 5),
+    "logprobs": honoured("of the content's tokens", True),
+    "top_logprobs": honoured("up to 20", 2, logprobs=True),
+    "tools": refused("not there yet", [{"type": "function", "function": {"name": "f"}}]),
+    "tool_choice": refused("not there yet", "required"),
+    "parallel_tool_calls": ignored("there are no tools to call", True),
+    "functions": refused("the old name of tools, which OpenAI has given up", [{"name": "f"}]),
+    "function_call": refused("the old name of tool_choice", {"name": "f"}),
+    "response_format": refused("not there yet", {"type": "json_object"}),
+    "modalities": refused("text is all that there is", ["audio"]),
+    "audio": refused("text is all that there is", {"voice": "x"}),
+    "reasoning_effort": refused(ONE_ANSWER, "low"),
+    "verbosity": refused("changes the answer in a way that only OpenAI knows", "low"),
+    "web_search_options": refused("there is no search", {}),
+    "prediction": refused("nothing is speculated", {"type": "content", "content": "x"}),
+}
+COMPLETION = BOTH | {
+    "prompt": honoured("texts and token ids, one or several", ["a", [1, 2]]),
+    "max_tokens": honoured("0 gives the prompt alone", 0),
+    "echo": honoured("the prompt before each choice, with its logprobs", True),
+    "logprobs": honoured("up to 20, OpenAI has 5", 2),
+    "best_of": honoured("ranked by the mean log-probability", 3),
+    "suffix": refused("models that fill in are not served", "x"),
+}
+
+
+class Route(NamedTuple):
+    request: type[msgspec.Struct]
+    understand: Callable[[bytes, str | None], Call | HttpReply]
+    least: dict[str, Any]
+    fields: dict[str, Field]
+
+
+ROUTES = {
+    "/v1/chat/completions": Route(
+        ChatRequest,
+        OPENAI.chat,
+        {"model": "", "messages": [{"role": "user", "content": "Hi"}]},
+        CHAT,
+    ),
+    "/v1/completions": Route(
+        CompletionRequest, OPENAI.completion, {"model": "", "prompt": "Hi"}, COMPLETION
+    ),
+}
+CASES = [
+    pytest.param(route, name, field, id=f"{path} {name}")
+    for path, route in ROUTES.items()
+    for name, field in route.fields.items()
+]
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_field_of_a_route_is_in_the_table(path: str) -> None:
+    route = ROUTES[path]
+    names = [field.encode_name for field in msgspec.structs.fields(route.request)]
+    assert sorted(names) == sorted(route.fields)
+    assert all(field.why for field in route.fields.values())
+
+
+@pytest.mark.parametrize(("route", "name", "field"), CASES)
+def test_what_the_table_says_of_a_field_is_so(route: Route, name: str, field: Field) -> None:
+    without = asked(route, field.beside)
+    outcome = understood(route, {**field.beside, name: field.example})
+    match field.what:
+        case "refused":
+            assert isinstance(outcome, HttpReply)
+            assert outcome.status == 400
+            assert json_of(outcome)["error"]["param"] == name
+        case "honoured":
+            assert outlined(outcome) != without
+        case "ignored":
+            assert outlined(outcome) == without
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_field_that_no_route_knows_is_refused(path: str) -> None:
+    outcome = understood(ROUTES[path], {"no_such_field": 1})
+    assert isinstance(outcome, HttpReply)
+    assert json_of(outcome)["error"]["param"] == "no_such_field"
+
+
+def understood(route: Route, changes: dict[str, Any]) -> Call | HttpReply:
+    seed = {} if "seed" in changes else {"seed": 1}  # none that is drawn, so that two are alike
+    return route.understand(json.dumps({**route.least, **seed, **changes}).encode(), None)
+
+
+def asked(route: Route, changes: dict[str, Any]) -> Any:
+    return outlined(understood(route, changes))
+
+
+def outlined(call: Call | HttpReply) -> Any:
+    """All that a request asks for, and how its reply is written down."""
+    assert isinstance(call, Call), call
+    return (call.prompt, call.others, call.streamed, written(call))
+
+
+def written(call: Call) -> Any:
+    """A reply of one token to each choice, without what is different each time."""
+    detail = TokenDetail(1, "a", -0.5, False)
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    pieces, end = [Piece(1, "a", (detail,))], End(1, FinishReason.EOS, usage)
+    if isinstance(call.shape, ChoicesShape):
+        prompts = (call.prompt, *call.others)
+        choices = sum(one.choices for one in prompts)
+        told = PromptDetails(1, "Hi") if call.prompt.prompt_details else None
+        parts = [Part(choice, pieces, end, told) for choice in range(choices)]
+        replies = [json_of(call.shape.whole(parts))]
+    else:
+        chunks = [one for one in streamed(call.shape, *pieces, last=end) if one != "[DONE]"]
+        replies = [json_of(call.shape.whole(pieces, end)), *chunks]
+    for reply in replies:
+        del reply["id"], reply["created"]
+    return replies
