@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -12,6 +13,7 @@ from frontend import metrics
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import AdapterNames, FindAlias, UsedAdapters
 from frontend.administration import Administration
+from frontend.authorization import CHALLENGE, SENTENCE, Authorization, Gate, ServerKeys
 from frontend.calls import Call, Dialect
 from frontend.commands import Commands
 from frontend.downstream import Downstream
@@ -38,11 +40,13 @@ def make_app(
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
     openai, lorax = _dialects(settings, processes, _names(settings, downstream.aliases.find))
+    keys = ServerKeys(settings)
     used = UsedAdapters()
     adapter_metrics = AdapterMetrics(settings.adapter_labels)
     operations = Operations(
         settings,
         index,
+        keys=keys,
         processes=processes,
         admission=downstream.admission,
         used=used,
@@ -51,12 +55,13 @@ def make_app(
     metrics.IN_FLIGHT.set_function(lambda: downstream.admission.in_flight)
 
     def generate(
-        path: str, dialect: Dialect, understand: Callable[[bytes, str | None], Call | HttpReply]
+        path: str, dialect: Dialect, understand: Callable[[bytes, Authorization], Call | HttpReply]
     ) -> Route:
         endpoint = Generate(
             path,
             understand,
             dialect=dialect,
+            keys=keys,
             downstream=downstream,
             processes=processes,
             used=used,
@@ -79,6 +84,7 @@ def make_app(
             Route("/info", operations.info),
             Route("/metrics", operations.metrics),
         ],
+        middleware=[_gate(settings, keys, openai, lorax)] if keys.are_needed else [],
         exception_handlers=_handlers(openai, lorax),
     )
     app.router.redirect_slashes = False
@@ -93,6 +99,7 @@ def make_administration(
         names=_names(settings, downstream.aliases.find),
         paths=_names(settings, lambda _name: None),
         aliases=downstream.aliases,
+        keys=ServerKeys(settings),
         commands=commands,
         processes=processes,
     )
@@ -131,11 +138,23 @@ def _compute_type(processes: Processes) -> str:
     return f"{'gpu' if device.startswith('cuda') else 'cpu'}+optimized"
 
 
+def _gate(settings: Settings, keys: ServerKeys, openai: Dialect, lorax: Dialect) -> Middleware:
+    def refuse(path: str) -> HttpReply:
+        metrics.REQUESTS.labels(OTHER_ROUTE, 401).inc()
+        return _dialect_of(path, openai, lorax).http_error(401, SENTENCE, CHALLENGE)
+
+    return Middleware(Gate, keys=keys, protect_metrics=settings.protect_metrics, refuse=refuse)
+
+
+def _dialect_of(path: str, openai: Dialect, lorax: Dialect) -> Dialect:
+    return openai if path.startswith("/v1") else lorax
+
+
 def _handlers(openai: Dialect, lorax: Dialect) -> dict[type[Exception], Handler]:
     """What is said of errors that no route told of itself, in the words of the path's family."""
 
     def dialect_of(request: Request) -> Dialect:
-        return openai if request.url.path.startswith("/v1") else lorax
+        return _dialect_of(request.url.path, openai, lorax)
 
     async def http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

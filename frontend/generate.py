@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 from frontend import metrics
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import UsedAdapters
+from frontend.authorization import Authorization, ServerKeys
 from frontend.calls import Call, Dialect, ReplyShape, error_of
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
@@ -35,15 +36,16 @@ log = logging.getLogger(__name__)
 class Generate:
     """One route, as an ASGI application.
 
-    understand  (body, Authorization header) -> what is asked for, or why it cannot be had
+    understand  (body, what its headers show) -> what is asked for, or why it cannot be had
     """
 
     def __init__(
         self,
         route: str,
-        understand: Callable[[bytes, str | None], Call | HttpReply],
+        understand: Callable[[bytes, Authorization], Call | HttpReply],
         *,
         dialect: Dialect,
+        keys: ServerKeys,
         downstream: Downstream,
         processes: Processes,
         used: UsedAdapters,
@@ -53,6 +55,7 @@ class Generate:
         self._route = route
         self._understand = understand
         self._dialect = dialect
+        self._keys = keys
         self._downstream = downstream
         self._processes = processes
         self._used = used
@@ -90,7 +93,7 @@ class Generate:
             return self._dialect.http_error(
                 413, f"The body is larger than {self._max_body_bytes} bytes"
             )
-        return self._understand(body, header(scope, b"authorization"))
+        return self._understand(body, self._keys.read(scope))
 
     async def _answer(
         self, call: Call, arrived: float, scope: Scope, receive: Receive, send: Send

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
+from frontend.authorization import Authorization
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
@@ -179,15 +180,15 @@ class OpenAI:
         """See calls.Dialect."""
         return refusal(error)
 
-    def chat(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def chat(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a chat asks for, or why it cannot be had."""
         return _understand(lambda: self._chat(decode(self._chats, body), authorization))
 
-    def completion(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def completion(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a completion asks for, or why it cannot be had."""
         return _understand(lambda: self._completion(decode(self._completions, body), authorization))
 
-    def _chat(self, request: ChatRequest, authorization: str | None) -> Call:
+    def _chat(self, request: ChatRequest, authorization: Authorization | None) -> Call:
         prompt = self._prompt(request, authorization)
         prompt = msgspec.structs.replace(
             prompt, chat=_messages(request.messages), max_tokens=_max_chat_tokens(request)
@@ -197,7 +198,7 @@ class OpenAI:
         )
         return Call(prompt, shape, bool(request.stream))
 
-    def _completion(self, request: CompletionRequest, authorization: str | None) -> Call:
+    def _completion(self, request: CompletionRequest, authorization: Authorization | None) -> Call:
         text, token_ids = _one_prompt(request.prompt)
         if request.echo and text is None:
             raise ParameterError("echo", "`echo` needs a prompt that is a string")
@@ -214,7 +215,7 @@ class OpenAI:
         )
         return Call(prompt, shape, bool(request.stream))
 
-    def _prompt(self, request: Request, authorization: str | None) -> Prompt:
+    def _prompt(self, request: Request, authorization: Authorization | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
         _check_implemented(request, NOT_IMPLEMENTED)
         wanted = self._wanted(request, authorization)
@@ -229,7 +230,7 @@ class OpenAI:
             tenant=tenant_of(request.api_token, authorization),
         )
 
-    def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:
+    def _wanted(self, request: Request, authorization: Authorization | None) -> Wanted | None:
         token = source_token(request.api_token, authorization)
 
         def find(name: str) -> Wanted | None:

@@ -41,6 +41,7 @@ WORDS: dict[str, _Word] = {
     FailureKind.INTERNAL: _Word(500, "server_error", "internal_error"),
 }
 HTTP_CODES = {
+    401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_allowed",
     413: "request_too_large",

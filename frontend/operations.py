@@ -12,6 +12,7 @@ from starlette.requests import Request
 from frontend.adapters import UsedAdapters, scope_of, source_token, written
 from frontend.admission import Admission
 from frontend.aliases import Aliases
+from frontend.authorization import ServerKeys
 from frontend.exchange import JSON, RETRY, HttpReply
 from frontend.openai_replies import refusal
 from frontend.parameters import ParameterError
@@ -33,6 +34,7 @@ class Operations:
         settings: Settings,
         index: int,
         *,
+        keys: ServerKeys,
         processes: Processes,
         admission: Admission,
         used: UsedAdapters,
@@ -40,6 +42,7 @@ class Operations:
     ) -> None:
         self._settings = settings
         self._index = index
+        self._keys = keys
         self._processes = processes
         self._admission = admission
         self._used = used
@@ -90,7 +93,7 @@ class Operations:
     async def models(self, request: Request) -> HttpReply:
         """The base model, and the adapters that are known: named ones, local ones, those in use."""
         try:
-            token = source_token(None, request.headers.get("authorization"))
+            token = source_token(None, self._keys.read(request.scope))
         except ParameterError as error:
             return refusal(error)
         roots = self._settings.adapter_roots()

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
-SECRETS = ("admin_api_key",)  # settings that are shown to nobody
+SECRETS = ("api_key", "admin_api_key")  # settings that are shown to nobody
 NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -227,11 +227,25 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0
+    api_key: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="key that clients show as Bearer token; may be repeated; empty: none is "
+            "needed"
+        ),
+    ] = ()
+    protect_metrics: Annotated[
+        bool, Meta(description="ask for an api_key at /metrics too, if there is one")
+    ] = False
     allow_adapter_admin: Annotated[
         bool, Meta(description="let adapters be loaded, unloaded and pinned over HTTP")
     ] = False
     admin_api_key: Annotated[
-        str, Meta(description="key that administrators show as Bearer token; empty: none is needed")
+        str,
+        Meta(
+            description="key that administrators show as Bearer token; empty: an api_key, if "
+            "there is one"
+        ),
     ] = ""
     preload_adapter: Annotated[
         tuple[str, ...],
@@ -309,6 +323,11 @@ def _check(settings: Settings) -> None:
             f"step_tokens: {settings.step_tokens} is less than rows ({settings.rows}), "
             "so that not every sequence could run in a step"
         )
+    for key in settings.api_key:
+        if not key or "," in key or " " in key or not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "api_key: a key has printable ASCII characters, no space and no comma"
+            )
     source = settings.default_adapter_source
     if source not in ("auto", *settings.adapter_sources()):
         raise ConfigError(f"default_adapter_source: source {source} is off")
