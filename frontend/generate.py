@@ -169,6 +169,7 @@ class Generate:
 
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
+        metrics.ENDS.labels(end.reason.value).inc()
         adapter = call.prompt.adapter
         if adapter is not None:
             self._adapter_metrics.count(adapter, end.reason, end.usage)
@@ -182,8 +183,7 @@ class Generate:
                 error.kind,
             )
             return
-        metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)
-        metrics.GENERATED_TOKENS.inc(end.usage.completion_tokens)
+        metrics.count_answer(end.usage)
         if adapter is not None:
             for part in adapter.parts:
                 self._used.add(part)

@@ -14,6 +14,7 @@ from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.authorization import ServerKeys
 from frontend.exchange import JSON, RETRY, HttpReply
+from frontend.metric_aliases import with_aliases
 from frontend.openai_replies import refusal
 from frontend.parameters import ParameterError
 from frontend.processes import Processes
@@ -85,10 +86,12 @@ class Operations:
         )
 
     async def metrics(self, request: Request) -> HttpReply:
-        """Prometheus' text format: every process as it last reported, this one as it is."""
+        """Prometheus' text format: every process as it last reported, this one as it is; each under
+        the names of others too."""
         families = self._processes.families()
         families[("frontend", self._index)] = snapshot()
-        return HttpReply(200, exposition(families), METRICS_TYPE)
+        named = {at: with_aliases(one, self._settings.model_id) for at, one in families.items()}
+        return HttpReply(200, exposition(named), METRICS_TYPE)
 
     async def models(self, request: Request) -> HttpReply:
         """The base model, and the adapters that are known: named ones, local ones, those in use."""

@@ -55,6 +55,7 @@ from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
+from scheduler.timings import Timings
 
 MAX_STEPS_IN_FLIGHT = 2
 
@@ -113,6 +114,7 @@ class Scheduler:
         self._cost = StepCost()
         self._hit_tokens = 0
         self._generated = 0
+        self.timings = Timings()
 
     # --- what happened ---
 
@@ -195,12 +197,15 @@ class Scheduler:
         if flight.step_id != message.step_id:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
         self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
-        self._step_done_at = now
+        since_last, self._step_done_at = now - self._step_done_at, now
         token_ids, logprobs = array("i", message.token_ids), array("f", message.logprobs)
         self._policy.produced(flight.sampled)
-        self._take_tokens(flight.sampled, token_ids, logprobs, now)
+        dropped = self._take_tokens(flight.sampled, token_ids, logprobs, now)
+        # a row that decodes has had a token in the step before
+        self.timings.between_tokens.add(since_last, max(0, flight.work.rows - dropped))
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
+            sequence.interrupted = now
             self._adapters.join(sequence, now)
         for extent in flight.unpins:  # last: an outdated adapter stays for those that join
             self._adapters.unpin(extent)
@@ -251,6 +256,7 @@ class Scheduler:
             return None
         self._steps_sent += 1
         work = plan.work(self._adapters.running_bytes)
+        self.timings.step_rows.add(len(plan.decode_rows) + len(plan.chunked))
         self._flights.append(Flight(self._steps_sent, plan.sampled, work, now))
         return plan.step(self._steps_sent, self._batch.seal(plan))
 
@@ -302,6 +308,7 @@ class Scheduler:
             requests_waiting=len(self._sequence_of) - len(self._batch),
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
+            kv_block_tokens=self._batch.kv.block_tokens,
             adapters_resident=self._adapters.resident,
             adapters_pinned=self._adapters.kept,
             adapter_pool_used_bytes=self._adapters.pool_used_bytes,
@@ -357,11 +364,14 @@ class Scheduler:
 
     def _take_tokens(
         self, sampled: list[Sequence], token_ids: "array[int]", logprobs: "array[float]", now: float
-    ) -> None:
-        """Runs for each token that is produced, so it looks at little."""
+    ) -> int:
+        """Runs for each token that is produced, so it looks at little. Returns how many came for
+        those that had ended."""
         replies = self._replies
+        dropped = 0
         for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
             if sequence.ended:
+                dropped += 1
                 continue
             if token < 0:
                 self._fail(sequence, failures.not_finite(sequence.adapter), now)
@@ -377,11 +387,11 @@ class Scheduler:
                 self._finish(sequence, FinishReason.EOS, now)
             elif len(known) >= sequence.notice_at:
                 self._notice(sequence, now)
+        return dropped
 
     def _notice(self, sequence: Sequence, now: float) -> None:
         """Its first token came, or its last, or one that shows that a block is full."""
-        if sequence.first_token is None:
-            sequence.first_token = now
+        self._time_first_token(sequence, now)
         known = len(sequence.token_ids)
         if known == sequence.end:
             self._finish(sequence, FinishReason.LENGTH, now)
@@ -389,6 +399,15 @@ class Scheduler:
             sequence.notice_at = sequence.end
         else:
             sequence.notice_at = min(sequence.end, self._batch.cache_written(sequence))
+
+    def _time_first_token(self, sequence: Sequence, now: float) -> None:
+        """The first of all, or the first after a preemption, has come if it had not."""
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self.timings.first_token.add(now - sequence.arrived)
+        elif sequence.interrupted is not None:
+            self.timings.between_tokens.add(now - sequence.interrupted)
+        sequence.interrupted = None
 
     def _flush(self) -> None:
         for worker, reply in enumerate(self._replies):
@@ -431,6 +450,7 @@ class Scheduler:
         if sequence.started is None:
             self._waits_no_more(sequence)
             sequence.started = now
+            self.timings.queue.add(now - sequence.arrived)
             sequence.cached_tokens = plan.new_rows[-1].cached_tokens
             self._hit_tokens += sequence.cached_tokens
         return tokens
@@ -441,6 +461,7 @@ class Scheduler:
             sequence.resume_after = self._flights[-1].step_id
             self._resting.append(sequence)
         else:
+            sequence.interrupted = self._step_done_at
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
@@ -474,6 +495,8 @@ class Scheduler:
     def _finish(
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
     ) -> None:
+        if sequence.produced:
+            self._time_first_token(sequence, now)
         self._remove(sequence)
         self._replies[sequence.worker].finished.append(
             Finished(sequence.request_id, reason, sequence.usage(now), failure)
@@ -485,6 +508,8 @@ class Scheduler:
         del self._sequence_of[sequence.request_id]
         if sequence.started is None:
             self._waits_no_more(sequence)
+        else:
+            self.timings.inference.add(max(0.0, self._step_done_at - sequence.started))
         if sequence.table is not None:
             self._batch.vacate(sequence)
             self._unpin(sequence)

@@ -30,6 +30,7 @@ class Sequence:
         "extent",
         "fed",
         "first_token",
+        "interrupted",
         "last_fed",
         "logprobs",
         "named",
@@ -74,6 +75,7 @@ class Sequence:
         self.capacity = 0  # positions that its blocks hold
         self.notice_at = 0  # known tokens at which the core looks at more than EOS
         self.resume_after = 0  # after a preemption: the step that has its last tokens
+        self.interrupted: float | None = None  # after one: when its last token came
 
         self.content = ""  # of its adapter, once it has started
         self.cached_tokens = 0

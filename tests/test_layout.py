@@ -52,6 +52,7 @@ PURE = (
     "scheduler/fair_share.py",
     "scheduler/loads.py",
     "scheduler/step_cost.py",
+    "scheduler/timings.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
     "tokenizer_workers/stop_strings.py",
@@ -64,6 +65,7 @@ PURE = (
     "frontend/adapter_labels.py",
     "frontend/aliases.py",
     "frontend/admission.py",
+    "frontend/metric_aliases.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",
 )
