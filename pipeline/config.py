@@ -263,6 +263,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least level logged")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(description="lines of key=value, or an object a line without honcho's prefix"),
+    ] = "text"
 
     def __repr__(self) -> str:
         """What is not the default; of a secret, only that it is there."""
