@@ -23,6 +23,7 @@ from frontend.lorax import Lorax
 from frontend.openai import OpenAI
 from frontend.operations import Operations
 from frontend.processes import Processes
+from frontend.tracing import Tracing
 from pipeline.config import Settings
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
@@ -37,6 +38,7 @@ def make_app(
     downstream: Downstream,
     processes: Processes,
     administration: Administration,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
     openai, lorax = _dialects(settings, processes, _names(settings, downstream.aliases.find))
@@ -62,6 +64,7 @@ def make_app(
             understand,
             dialect=dialect,
             keys=keys,
+            tracing=tracing,
             downstream=downstream,
             processes=processes,
             used=used,

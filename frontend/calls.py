@@ -5,6 +5,7 @@ from typing import Protocol
 import msgspec
 
 from frontend.exchange import Headers, HttpReply
+from frontend.tracing import RequestSpan
 from pipeline.errors import RequestError
 from pipeline.messages import End, FailureKind, FinishReason, Piece, Prompt
 
@@ -48,6 +49,7 @@ class Call(msgspec.Struct, frozen=True):
     prompt: Prompt
     shape: ReplyShape
     streamed: bool
+    span: RequestSpan | None = None  # while it is traced
 
 
 class Dialect(Protocol):

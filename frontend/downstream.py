@@ -145,9 +145,10 @@ class Downstream:
         try:
             if prompt.adapter is not None:
                 self.aliases.began(request_id, prompt.adapter)
-                self._send(
-                    "scheduler", Prefetch(prompt.adapter, prompt.adapter_token, prompt.tenant), 0
+                prefetch = Prefetch(
+                    prompt.adapter, prompt.adapter_token, prompt.tenant, prompt.trace
                 )
+                self._send("scheduler", prefetch, 0)
             numbered = msgspec.structs.replace(
                 prompt, request_id=request_id, arrived=time.monotonic()
             )

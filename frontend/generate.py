@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from frontend import metrics
@@ -25,6 +26,7 @@ from frontend.exchange import (
 )
 from frontend.processes import Processes
 from frontend.sse import HEADERS, KEEP_ALIVE
+from frontend.tracing import RequestSpan, Tracing
 from pipeline.errors import RequestError
 from pipeline.messages import End, Piece
 
@@ -46,6 +48,7 @@ class Generate:
         *,
         dialect: Dialect,
         keys: ServerKeys,
+        tracing: Tracing | None,
         downstream: Downstream,
         processes: Processes,
         used: UsedAdapters,
@@ -56,6 +59,7 @@ class Generate:
         self._understand = understand
         self._dialect = dialect
         self._keys = keys
+        self._tracing = tracing
         self._downstream = downstream
         self._processes = processes
         self._used = used
@@ -64,15 +68,21 @@ class Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
+        span = None if self._tracing is None else self._tracing.begin(self._route, scope, arrived)
+        status = CLIENT_GONE
         try:
             understood = await self._read(scope, receive)
             if isinstance(understood, Call):
+                understood = traced(understood, span)
                 status = await self._answer(understood, arrived, scope, receive, send)
             else:
                 status = understood.status
                 await understood(scope, receive, send)
         except ClientGone:
-            status = CLIENT_GONE
+            pass
+        finally:
+            if span is not None:
+                span.end(status)
         metrics.REQUESTS.labels(self._route, status).inc()
 
     async def _read(self, scope: Scope, receive: Receive) -> Call | HttpReply:
@@ -170,6 +180,8 @@ class Generate:
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
         metrics.ENDS.labels(end.reason.value).inc()
+        if call.span is not None:
+            call.span.generated(call.prompt.adapter, end)
         adapter = call.prompt.adapter
         if adapter is not None:
             self._adapter_metrics.count(adapter, end.reason, end.usage)
@@ -187,3 +199,11 @@ class Generate:
         if adapter is not None:
             for part in adapter.parts:
                 self._used.add(part)
+
+
+def traced(call: Call, span: RequestSpan | None) -> Call:
+    """The call, whose prompt says so to all whom it comes to if it is traced."""
+    if span is None or not span.traceparent:
+        return call
+    prompt = msgspec.structs.replace(call.prompt, trace=span.traceparent)
+    return msgspec.structs.replace(call, prompt=prompt, span=span)

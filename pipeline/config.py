@@ -257,6 +257,13 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     adapter_labels: Annotated[
         int, Meta(ge=0, le=10_000, description="adapters that /metrics names; the rest are `other`")
     ] = 100
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="URL of an OpenTelemetry collector (OTLP over HTTP) that requests are "
+            "traced to; empty: OTEL_EXPORTER_OTLP_ENDPOINT, or none"
+        ),
+    ] = ""
     run_dir: Annotated[
         str, Meta(description="folder for sockets; a private one per user and port when empty")
     ] = ""

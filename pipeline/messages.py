@@ -200,6 +200,7 @@ class Prompt(Message, frozen=True):
     token_details: bool = False  # send a TokenDetail per token
     add_special_tokens: bool = True
     tenant: str = ""  # a digest of who asks; empty for those who do not say
+    trace: str = ""  # see Span.trace; empty where nothing is traced
 
 
 class Cancel(Message, frozen=True):
@@ -227,6 +228,7 @@ class Prefetch(Message, frozen=True):
     adapter: AdapterKey
     adapter_token: str | None = None
     tenant: str = ""  # as of the prompt
+    trace: str = ""  # as of the prompt
 
 
 class Submit(Message, frozen=True):
@@ -243,6 +245,7 @@ class Submit(Message, frozen=True):
     ignore_eos: bool = False
     logprobs: bool = False
     tenant: str = ""  # as of the prompt
+    trace: str = ""  # as of the prompt
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -397,6 +400,7 @@ class NewRow(Value, frozen=True):
     blocks: bytes
     sampling: Sampling
     logprobs: bool
+    trace: str = ""  # as of the prompt
 
 
 class Step(Message, frozen=True):
@@ -461,6 +465,7 @@ class LoadAdapter(Message, frozen=True):
 
     adapter: AdapterKey
     adapter_token: str | None = None
+    trace: str = ""  # of the request that it is asked for
 
 
 class ReleaseAdapter(Message, frozen=True):
@@ -584,7 +589,26 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
-ToFrontend = Pieces | ProcessReady | Stats | Aliases | AdminDone | AdapterList
+class Span(Value, frozen=True):
+    """Something that was done for a request that is traced. Times are time.monotonic()."""
+
+    trace: str  # W3C traceparent of the request's span, which this one is a child of
+    name: str
+    started: float
+    ended: float
+    attributes: dict[str, str | int | float | bool] = {}  # no text, no secret
+    failed: bool = False
+
+
+class Spans(Message, frozen=True):
+    """each -> frontend 0: what it has done for requests that are traced."""
+
+    process: str
+    index: int
+    spans: tuple[Span, ...]
+
+
+ToFrontend = Pieces | ProcessReady | Stats | Spans | Aliases | AdminDone | AdapterList
 ToTokenizerWorker = Prompt | Cancel | Tokens | Shutdown
 ToScheduler = (
     Prefetch

@@ -36,6 +36,8 @@ from pipeline.messages import (
     Message,
     PlaceAdapter,
     Prefetch,
+    Span,
+    Spans,
     Step,
     StepDone,
     Submit,
@@ -140,7 +142,7 @@ class Scheduler:
 
     def submit(self, message: Submit, now: float) -> None:
         self._submitted += 1
-        sequence = Sequence(message, order=self._submitted, eos=self._eos)
+        sequence = Sequence(message, order=self._submitted, eos=self._eos, now=now)
         self._sequence_of[sequence.request_id] = sequence
         self._unstarted[sequence.tenant] += 1
         if self._worker is not None and not self._check_fits(sequence, now):
@@ -451,6 +453,7 @@ class Scheduler:
             self._waits_no_more(sequence)
             sequence.started = now
             self.timings.queue.add(now - sequence.arrived)
+            self._trace("queue", sequence, sequence.submitted, now)
             sequence.cached_tokens = plan.new_rows[-1].cached_tokens
             self._hit_tokens += sequence.cached_tokens
         return tokens
@@ -509,7 +512,10 @@ class Scheduler:
         if sequence.started is None:
             self._waits_no_more(sequence)
         else:
-            self.timings.inference.add(max(0.0, self._step_done_at - sequence.started))
+            ended = max(self._step_done_at, sequence.first_token or sequence.started)
+            self.timings.inference.add(ended - sequence.started)
+            if sequence.first_token is not None:
+                self._trace("decode", sequence, sequence.first_token, ended)
         if sequence.table is not None:
             self._batch.vacate(sequence)
             self._unpin(sequence)
@@ -519,6 +525,17 @@ class Scheduler:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
         self._policy.end(sequence)
+
+    def _trace(self, name: str, sequence: Sequence, started: float, ended: float) -> None:
+        """A span of a request that is traced."""
+        if sequence.trace:
+            attributes: dict[str, str | int | float | bool] = {
+                "loradex.prompt_tokens": sequence.prompt_tokens,
+                "loradex.cached_tokens": sequence.cached_tokens,
+                "loradex.produced_tokens": sequence.produced,
+            }
+            span = Span(sequence.trace, name, started, ended, attributes)
+            self._outbox.append(("frontend", 0, Spans("scheduler", 0, (span,))))
 
     def _waits_no_more(self, sequence: Sequence) -> None:
         """For its first start; its tenant may let another wait."""

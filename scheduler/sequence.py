@@ -43,13 +43,17 @@ class Sequence:
         "row",
         "sampling",
         "started",
+        "submitted",
         "table",
         "tenant",
         "token_ids",
+        "trace",
         "worker",
     )
 
-    def __init__(self, submit: Submit, *, order: int, eos: frozenset[int]) -> None:
+    def __init__(
+        self, submit: Submit, *, order: int, eos: frozenset[int], now: float = 0.0
+    ) -> None:
         self.request_id = submit.request_id
         self.worker = submit.worker
         self.arrived = submit.arrived
@@ -57,6 +61,7 @@ class Sequence:
         self.adapter = submit.adapter  # or that of the outdated content it has started with
         self.adapter_token = submit.adapter_token
         self.tenant = submit.tenant
+        self.trace = submit.trace
         self.sampling = submit.sampling
         self.logprobs = submit.logprobs
         self.order = order  # of submission among all requests
@@ -79,6 +84,7 @@ class Sequence:
 
         self.content = ""  # of its adapter, once it has started
         self.cached_tokens = 0
+        self.submitted = now
         self.started: float | None = None
         self.first_token: float | None = None
         self.ended = False

@@ -12,6 +12,8 @@ from pipeline.messages import (
     ProcessReady,
     Prompt,
     Shutdown,
+    Span,
+    Spans,
     Stats,
     Tokens,
     ToTokenizerWorker,
@@ -86,8 +88,12 @@ class Worker:
                 self.core.tokens(message, time.monotonic())
                 TOKENS.inc(len(message.token_ids))
             case Prompt():
+                started = time.monotonic()
                 with ENCODE_SECONDS.time():
-                    self.core.prompt(message, time.monotonic())
+                    self.core.prompt(message, started)
+                if message.trace:
+                    span = Span(message.trace, "tokenise", started, time.monotonic())
+                    self._outbox.send("frontend", Spans(PROCESS, self._index, (span,)))
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():

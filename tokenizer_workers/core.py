@@ -194,6 +194,7 @@ class Core:
                 ignore_eos=prompt.ignore_eos,
                 logprobs=prompt.token_details,
                 tenant=prompt.tenant,
+                trace=prompt.trace,
             )
         )
 

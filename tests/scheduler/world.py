@@ -27,6 +27,8 @@ from pipeline.messages import (
     LoadAdapter,
     Prefetch,
     ReleaseAdapter,
+    Span,
+    Spans,
     Step,
     Submit,
     Tokens,
@@ -72,6 +74,7 @@ class World:
             max_tenant_running=self.settings.max_tenant_running,
         )
         self.watched = Watched(self.fair_share)
+        self.spans: list[Span] = []
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
@@ -121,6 +124,7 @@ class World:
         worker: int = 0,
         logprobs: bool = False,
         tenant: str = "",
+        trace: str = "",
     ) -> int:
         """Returns the request's number."""
         request = Submit(
@@ -134,6 +138,7 @@ class World:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             tenant=tenant,
+            trace=trace,
         )
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = []
@@ -257,6 +262,9 @@ class World:
                 case AttachArena():
                     assert process == "gpu_worker"
                     self.arena_attached = True
+                case Spans():
+                    assert (process, index) == ("frontend", 0)
+                    self.spans += message.spans
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)
