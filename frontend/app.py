@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -9,15 +10,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from frontend import metrics
+from frontend import docs_page, metrics, openapi
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import AdapterNames, FindAlias, UsedAdapters
 from frontend.administration import Administration
-from frontend.authorization import CHALLENGE, SENTENCE, Authorization, Gate, ServerKeys
+from frontend.authorization import (
+    CHALLENGE,
+    OPEN,
+    SENTENCE,
+    Authorization,
+    Gate,
+    ServerKeys,
+)
 from frontend.calls import Call, Dialect
 from frontend.commands import Commands
 from frontend.downstream import Downstream
-from frontend.exchange import HttpReply
+from frontend.exchange import Headers, HttpReply
 from frontend.generate import Generate
 from frontend.lorax import Lorax
 from frontend.openai import OpenAI
@@ -86,12 +94,33 @@ def make_app(
             Route("/health", operations.health),
             Route("/info", operations.info),
             Route("/metrics", operations.metrics),
+            *_document_routes(operations.version, keys),
         ],
         middleware=[_gate(settings, keys, openai, lorax)] if keys.are_needed else [],
         exception_handlers=_handlers(openai, lorax),
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _document_routes(version: str, keys: ServerKeys) -> list[Route]:
+    described = openapi.document(version=version, keys_are_needed=keys.are_needed, open_paths=OPEN)
+    policy = (b"content-security-policy", docs_page.POLICY.encode())
+    html: Headers = ((b"content-type", b"text/html; charset=utf-8"), policy)
+    document = HttpReply(200, msgspec.json.encode(described))
+    page = HttpReply(200, docs_page.page(described), html)
+
+    async def show_document(request: Request) -> HttpReply:
+        return document
+
+    async def show_page(request: Request) -> HttpReply:
+        return page
+
+    return [
+        Route("/openapi.json", show_document),
+        Route("/api-doc/openapi.json", show_document),
+        Route("/docs", show_page),
+    ]
 
 
 def make_administration(

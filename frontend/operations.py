@@ -49,7 +49,7 @@ class Operations:
         self._used = used
         self._aliases = aliases
         self._started = int(time.time())
-        self._version = _version()
+        self.version = _version()
 
     async def health(self, request: Request) -> HttpReply:
         """200 when a request would be let in, as far as that is for us to say; else 503."""
@@ -79,7 +79,7 @@ class Operations:
                     "max_input_length": total - 1 if isinstance(total, int) else None,
                     "max_total_tokens": total,
                     "validation_workers": settings.tokenizer_workers,
-                    "version": self._version,
+                    "version": self.version,
                     "processes": self._processes.facts(),
                 }
             ),

@@ -74,7 +74,9 @@ PURE = (
     "frontend/adapter_labels.py",
     "frontend/aliases.py",
     "frontend/admission.py",
+    "frontend/docs_page.py",
     "frontend/metric_aliases.py",
+    "frontend/openapi.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",
 )
