@@ -154,6 +154,7 @@ def _dialects(
         base_model=settings.model_id,
         adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
+        allow_chat_template=settings.allow_chat_template,
     )
     lorax = Lorax(
         base_model=settings.model_id,

@@ -10,6 +10,7 @@ from msgspec import Meta
 from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
 from frontend.authorization import Authorization
 from frontend.calls import Call
+from frontend.chat_options import chat_options
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
 from frontend.openai_replies import ChatShape, CompletionShape, http_error, refusal
@@ -132,6 +133,13 @@ class ChatRequest(Request, kw_only=True):
 
     messages: list[ChatMessage]
     max_completion_tokens: Count | None = None
+    # vLLM's, see chat_options
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
     # see NOT_IMPLEMENTED
     top_logprobs: Any = None
     tools: Any = None
@@ -165,7 +173,15 @@ class OpenAI:
     base_model  the id that the base model is listed under
     """
 
-    def __init__(self, *, base_model: str, adapters: AdapterNames, max_stop_sequences: int) -> None:
+    def __init__(
+        self,
+        *,
+        base_model: str,
+        adapters: AdapterNames,
+        max_stop_sequences: int,
+        allow_chat_template: bool = False,
+    ) -> None:
+        self._allow_chat_template = allow_chat_template
         self._base_model = base_model
         self._adapters = adapters
         self._max_stop_sequences = max_stop_sequences
@@ -191,7 +207,10 @@ class OpenAI:
     def _chat(self, request: ChatRequest, authorization: Authorization | None) -> Call:
         prompt = self._prompt(request, authorization)
         prompt = msgspec.structs.replace(
-            prompt, chat=_messages(request.messages), max_tokens=_max_chat_tokens(request)
+            prompt,
+            chat=_messages(request.messages),
+            max_tokens=_max_chat_tokens(request),
+            chat_options=chat_options(request, allow_template=self._allow_chat_template),
         )
         shape = ChatShape(
             model=request.model or self._base_model, include_usage=_include_usage(request)

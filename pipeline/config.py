@@ -216,6 +216,20 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Meta(ge=0, description="requests of one tenant that wait; more get 429; 0: no limit"),
     ] = 0
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
+    allow_chat_template: Annotated[
+        bool, Meta(description="let requests bring a chat template of their own")
+    ] = False
+    template_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="processor time that such a template may take for one prompt, seconds",
+        ),
+    ] = 1.0
+    template_bytes: Annotated[
+        int,
+        Meta(ge=128 << 20, description="memory of the process that renders such templates, bytes"),
+    ] = 512 << 20
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20
     )

@@ -179,6 +179,17 @@ class Usage(Value, frozen=True):
 # --- frontend -> tokenizer_workers ---------------------------------------------------------------
 
 
+class ChatOptions(Value, frozen=True):
+    """How a chat becomes a prompt. The defaults are the model's own way."""
+
+    template: str = ""  # the request's own; nobody vouches for it
+    documents: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}  # of the client's, for the template
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the prompt ends with that message, which goes on
+    add_special_tokens: bool = False  # those that the tokenizer puts around a text
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -201,6 +212,15 @@ class Prompt(Message, frozen=True):
     add_special_tokens: bool = True
     tenant: str = ""  # a digest of who asks; empty for those who do not say
     trace: str = ""  # see Span.trace; empty where nothing is traced
+    chat_options: ChatOptions = ChatOptions()  # of a chat
+
+
+class Rendered(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that waits for templates nobody vouches for."""
+
+    request_id: int
+    text: str
+    failure: Failure | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -609,7 +629,7 @@ class Spans(Message, frozen=True):
 
 
 ToFrontend = Pieces | ProcessReady | Stats | Spans | Aliases | AdminDone | AdapterList
-ToTokenizerWorker = Prompt | Cancel | Tokens | Shutdown
+ToTokenizerWorker = Prompt | Rendered | Cancel | Tokens | Shutdown
 ToScheduler = (
     Prefetch
     | Submit

@@ -62,6 +62,7 @@ PURE = (
     "scheduler/timings.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
+    "tokenizer_workers/renderings.py",
     "tokenizer_workers/stop_strings.py",
     "tokenizer_workers/token_table.py",
     "adapter_loader/core.py",

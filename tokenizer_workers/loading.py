@@ -19,6 +19,7 @@ from tokenizer_workers.decode import (
     TextDecoder,
 )
 from tokenizer_workers.encode import Encoder
+from tokenizer_workers.render import TemplateLimits
 from tokenizer_workers.token_table import (
     byte_fallback_table,
     byte_level_table,
@@ -34,6 +35,7 @@ class TextModel(msgspec.Struct, frozen=True):
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
     special_ids: frozenset[int]
     max_total_tokens: int
+    template_limits: TemplateLimits  # for templates that are not the model's
 
 
 def load(settings: Settings) -> TextModel:
@@ -48,6 +50,7 @@ def load(settings: Settings) -> TextModel:
     return text_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokens) if source else None,
+        special_tokens=tokens,
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
     )
@@ -57,9 +60,11 @@ def text_model(
     *,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
+    special_tokens: Mapping[str, str],
     config: ModelConfig,
     max_total_tokens: int,
 ) -> TextModel:
+    token_characters = max(map(len, tokenizer.get_vocab()))
     added = tokenizer.get_added_tokens_decoder()
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
     return TextModel(
@@ -68,7 +73,7 @@ def text_model(
             chat_template=chat_template,
             vocabulary=config.vocabulary,
             max_total_tokens=max_total_tokens,
-            token_characters=max(map(len, tokenizer.get_vocab())),
+            token_characters=token_characters,
         ),
         # an end-of-text token that nobody marked as special is not for the reader either
         new_decoder=decoders(
@@ -77,6 +82,7 @@ def text_model(
         new_token_decoder=decoders(tokenizer, config.vocabulary, hidden=()),
         special_ids=special_ids,
         max_total_tokens=max_total_tokens,
+        template_limits=TemplateLimits(dict(special_tokens), max_total_tokens * token_characters),
     )
 
 
