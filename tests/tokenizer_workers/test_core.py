@@ -30,7 +30,7 @@ from pipeline.messages import (
     Tokens,
     Usage,
 )
-from tokenizer_workers.core import Core, ToPeer
+from tokenizer_workers.core import Core
 from tokenizer_workers.encode import Encoded
 
 SPECIAL = 0
@@ -354,12 +354,11 @@ def test_a_chat_with_a_template_of_its_own_waits_and_the_others_pass() -> None:
     assert worker.take_renderings() == []
     assert worker.renders(1)
     assert worker.requests == 2
-    assert [to.message.request_id for to in worker.take_outbox() if submitted(to)] == [2]
+    assert [submit.request_id for submit in submits(worker)] == [2]
 
     given = worker.rendered(Rendered(1, "abcd"), now=11.0)
     assert given == own_chat(1)
-    (submit,) = [to.message for to in worker.take_outbox() if submitted(to)]
-    assert isinstance(submit, Submit)
+    (submit,) = submits(worker)
     assert len(submit.token_ids) == 4 * 4
     assert not worker.renders(1)
 
@@ -389,5 +388,5 @@ def test_what_is_cancelled_while_its_template_runs_is_forgotten() -> None:
     assert worker.take_outbox() == []
 
 
-def submitted(to: ToPeer) -> bool:
-    return isinstance(to.message, Submit)
+def submits(worker: Core) -> list[Submit]:
+    return [to.message for to in worker.take_outbox() if isinstance(to.message, Submit)]

@@ -35,7 +35,7 @@ def sentence(result: Result) -> str:
 
 
 def test_it_renders_as_the_workers_own_code_does(renderer: Renderer) -> None:
-    options = {"variables": {"x": 1}, "documents": [{"title": "a"}]}
+    options: dict[str, Any] = {"variables": {"x": 1}, "documents": [{"title": "a"}]}
     template = GOOD + "{{ x }}{{ documents[0].title }}{{ tools is none }}"
     own = ChatTemplate(template, LIMITS.special_tokens)
     expected = own.render(MESSAGES, options=ChatOptions(**options))
