@@ -124,6 +124,9 @@ class Gate:
         self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # the start and end of the server
+            await self._app(scope, receive, send)
+            return
         is_open = scope["path"] in self._open and scope["method"] in READING
         if is_open or self._keys.admit(scope):
             await self._app(scope, receive, send)

@@ -1,5 +1,7 @@
 """Traces of requests: where they are on, and what a request's span says."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -96,3 +98,23 @@ async def test_what_another_process_did_is_a_child_with_its_own_times(
     assert (span.trace_id, span.parent_id) == ("1" * 32, "2" * 16)
     assert span.end - span.start == pytest.approx(0.5)
     assert (span.process, span.attributes) == ("gpu_worker", {"loradex.x": 3})
+
+
+def test_where_the_extra_is_not_installed_the_operator_is_told() -> None:
+    code = (
+        "import sys; sys.modules['opentelemetry'] = None\n"
+        "from frontend.tracing import make_tracing; from pipeline.config import Settings\n"
+        "make_tracing(Settings(otlp_endpoint='http://127.0.0.1:4318'), {})"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "ConfigError: otlp_endpoint: traces need the extra" in ended.stderr
+
+
+def test_without_tracing_no_process_imports_opentelemetry() -> None:
+    code = (
+        "import sys; import frontend.__main__, scheduler.__main__, tokenizer_workers.__main__\n"
+        "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "[]\n", ended.stderr
