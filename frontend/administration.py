@@ -1,7 +1,7 @@
 """Routes that administer adapters: those of vLLM and SGLang, and our own.
 
 The Authorization header is the administrator's key here, or the server's where it has none, and
-goes to no source of adapters; a private adapter needs its `api_token` in the body.
+goes to no source of adapters; a private adapter needs `api_token` in the body or X-Adapter-Token.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from frontend import metrics
 from frontend.adapters import AdapterNames
 from frontend.administration_replies import OurReplies, Replies, SglangReplies, VllmReplies
 from frontend.aliases import Aliases
-from frontend.authorization import ServerKeys
+from frontend.authorization import ServerKeys, adapter_token
 from frontend.commands import Commands
 from frontend.exchange import BodyTooLarge, ClientGone, HttpReply, header, is_json, read_body
 from frontend.parameters import MalformedJson, ParameterError, decode
@@ -162,7 +162,9 @@ class Administration:
         try:
             self._check_admin(request)
             body = await self._read(request)
-            order = route.understand(decode(decoder, body))
+            understood = decode(decoder, body)
+            understood.api_token = understood.api_token or adapter_token(request.scope)
+            order = route.understand(understood)
             await self._commands.do(order.command)
         except MalformedJson as error:
             return route.replies().refused(_error(400, str(error)))

@@ -97,7 +97,7 @@ class ServerKeys:
     def read(self, scope: Scope) -> Authorization:
         """What an admitted request shows."""
         bearer = _credential(_bearer(scope))
-        token = _credential(header(scope, b"x-adapter-token"))
+        token = adapter_token(scope)
         if token is None and bearer is not None and not self._keys:
             is_key = bearer.startswith(FOREIGN_KEY) or _is_one_of(bearer, self._admin)
             token = None if is_key else bearer
@@ -132,6 +132,11 @@ class Gate:
             await self._app(scope, receive, send)
         else:
             await self._refuse(scope["path"])(scope, receive, send)
+
+
+def adapter_token(scope: Scope) -> str | None:
+    """What the header of that name shows."""
+    return _credential(header(scope, b"x-adapter-token"))
 
 
 def _bearer(scope: Scope) -> str | None:

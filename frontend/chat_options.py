@@ -2,9 +2,7 @@
 
 from typing import Any, Protocol
 
-import msgspec
-
-from frontend.parameters import ParameterError
+from frontend.parameters import ParameterError, check_travels
 from pipeline.messages import ChatOptions
 
 # What a template finds under these names is given by other fields.
@@ -54,7 +52,7 @@ def chat_options(given: Fields, *, allow_template: bool) -> ChatOptions:
             f"chat_template_kwargs.{name}", f"`chat_template_kwargs` cannot hold `{name}`"
         )
     for name, value in (("chat_template_kwargs", variables), ("documents", given.documents)):
-        _check_travels(name, value)
+        check_travels(name, value)
     prompts = not goes_on if given.add_generation_prompt is None else given.add_generation_prompt
     return ChatOptions(
         template=given.chat_template or "",
@@ -64,12 +62,3 @@ def chat_options(given: Fields, *, allow_template: bool) -> ChatOptions:
         continue_final_message=goes_on,
         add_special_tokens=bool(given.add_special_tokens),
     )
-
-
-def _check_travels(name: str, value: object) -> None:
-    """JSON has greater integers than a message. Raises ParameterError."""
-    if value:
-        try:
-            msgspec.msgpack.encode(value)
-        except OverflowError as error:
-            raise ParameterError(name, f"`{name}` has an integer of more than 64 bits") from error

@@ -32,6 +32,13 @@ def error(allow: bool = True, **fields: Any) -> tuple[str, str]:
     return told["param"], told["message"]
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for at in range(depth):
+        value = [value] if at % 2 else {"y": value}
+    return value
+
+
 def test_a_chat_that_says_nothing_of_it_is_rendered_as_the_model_does() -> None:
     assert options() == ChatOptions()
     nothing = ("chat_template", "chat_template_kwargs", "documents", "add_generation_prompt")
@@ -59,6 +66,10 @@ def test_a_field_reaches_the_template(fields: dict[str, Any], expected: dict[str
     assert options(**fields) == ChatOptions(**expected)
 
 
+def test_what_is_nested_a_little_less_deeply_travels() -> None:
+    assert options(chat_template_kwargs={"x": nested(97)}).variables == {"x": nested(97)}
+
+
 def test_a_template_of_the_requests_own_is_the_operators_to_allow() -> None:
     parameter, message = error(allow=False, chat_template="{{ 1 }}")
     assert parameter == "chat_template"
@@ -74,6 +85,8 @@ def test_a_template_of_the_requests_own_is_the_operators_to_allow() -> None:
         ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs.tools"),
         ({"chat_template_kwargs": {"x": 1 << 70}}, "chat_template_kwargs"),
         ({"documents": [{"x": -(1 << 70)}]}, "documents"),
+        ({"chat_template_kwargs": {"x": nested(99)}}, "chat_template_kwargs"),
+        ({"documents": [{"x": nested(900)}]}, "documents"),
         (
             {"continue_final_message": True, "add_generation_prompt": True},
             "continue_final_message",
