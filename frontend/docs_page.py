@@ -54,7 +54,7 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator
             yield _row("body", media, content["schema"])
     for parameter in operation.get("parameters", ()):
         text = parameter["description"]
-        yield f"<tr><td>header<td><code>{escape(parameter['name'])}</code><td>{_text(text)}"
+        yield f"<tr><td>{escape(parameter['in'])}<td><code>{escape(parameter['name'])}</code><td>{_text(text)}"
     for status, reply in operation["responses"].items():
         told = "200" if status == "200" else "else"
         contents = reply.get("content", {"nothing": {"schema": {}}})

@@ -3,6 +3,7 @@
 A field that is taken only with a value that asks for nothing has these values in its schema.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,11 +19,18 @@ EVENTS = {
     "properties": {"data": {"type": "string", "description": "JSON, or `[DONE]` on /v1/*"}},
     "required": ["data"],
 }
+ADAPTER_TOKEN = {
+    "name": "X-Adapter-Token",
+    "in": "header",
+    "description": "what the adapter's source wants to see",
+    "schema": {"type": "string"},
+}
+_IN_PATH = re.compile(r"{(\w+)}")
 NO_BODY: dict[str, Any] = {}
 
 
 class Operation(msgspec.Struct, frozen=True):
-    """A route.
+    """A route. What is in braces in its path is a parameter.
 
     body      the struct that its body is decoded as
     replies   what 200 has: media type -> type
@@ -227,15 +235,17 @@ def _described(operation: Operation, schema_of: Mapping[int, Any]) -> dict[str, 
             "required": True,
             "content": {JSON: {"schema": schema_of[id(operation.body)]}},
         }
-        described["parameters"] = [
-            {
-                "name": "X-Adapter-Token",
-                "in": "header",
-                "description": "what the adapter's source wants to see",
-                "schema": {"type": "string"},
-            }
-        ]
+    parameters = [_in_path(name) for name in _IN_PATH.findall(operation.path)]
+    if operation.body is not None:
+        parameters.append(ADAPTER_TOKEN)
+    if parameters:
+        described["parameters"] = parameters
     return described
+
+
+def _in_path(name: str) -> dict[str, Any]:
+    schema = {"type": "string", "minLength": 1}
+    return {"name": name, "in": "path", "required": True, "description": "", "schema": schema}
 
 
 def _narrow(fields: dict[str, Any], neutral: Mapping[str, tuple[object, ...]]) -> None:
