@@ -53,8 +53,9 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> Iterator
         for media, content in operation["requestBody"]["content"].items():
             yield _row("body", media, content["schema"])
     for parameter in operation.get("parameters", ()):
-        text = parameter["description"]
-        yield f"<tr><td>{escape(parameter['in'])}<td><code>{escape(parameter['name'])}</code><td>{_text(text)}"
+        place, name = escape(parameter["in"]), escape(parameter["name"])
+        text = _text(parameter["description"])
+        yield f"<tr><td>{place}<td><code>{name}</code><td>{text}"
     for status, reply in operation["responses"].items():
         told = "200" if status == "200" else "else"
         contents = reply.get("content", {"nothing": {"schema": {}}})
