@@ -40,10 +40,12 @@ def server(
     model = tiny.make_model(folder / "model", model_folder)
     tiny.make_adapter(folder / "root" / "good", model)
     return serve(
-        environment={"OTEL_BSP_SCHEDULE_DELAY": "50"},
+        environment={
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+        },
         model_folder=model,
         adapter_root=folder / "root",
-        otlp_endpoint=collector.url,
     )
 
 
