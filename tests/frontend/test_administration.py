@@ -262,7 +262,11 @@ async def test_the_key_goes_to_no_source_but_the_token_of_the_body_does() -> Non
     assert backend.command().adapter_token is None
     assert backend.command().adapter == SQL
     backend = Scheduled(admin_api_key=KEY)
-    await backend.post("/v1/load_lora_adapter", {**LOAD, "api_token": "hf_mine"}, headers=ADMIN)
+    shown = {**ADMIN, "X-Adapter-Token": "hf_header"}
+    await backend.post("/v1/load_lora_adapter", LOAD, headers=shown)
+    assert backend.command().adapter_token == "hf_header"
+    backend = Scheduled(admin_api_key=KEY)
+    await backend.post("/v1/load_lora_adapter", {**LOAD, "api_token": "hf_mine"}, headers=shown)
     assert backend.command().adapter_token == "hf_mine"
     assert backend.command().adapter == AdapterKey("hub", "org/sql", scope=scope_of("hf_mine"))
 

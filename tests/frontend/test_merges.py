@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.adapters import AdapterNames, Wanted, scope_of
+from frontend.authorization import Authorization
 from frontend.lorax import Lorax
 from frontend.merges import MergedAdapters, merged
 from frontend.openai import OpenAI
@@ -178,7 +179,7 @@ def test_an_adapter_beside_a_merge_is_refused() -> None:
 
 def test_both_families_of_routes_ask_for_the_same_adapter() -> None:
     values = {"ids": ["a/a", "b/b"], "weights": [0.5, 0.5]}
-    bearer = f"Bearer {TOKEN}"
+    bearer = Authorization(adapter_token=TOKEN)
     by_lorax = call_of(LORAX.generate(lorax(merged_adapters=values), bearer)).prompt
     by_openai = call_of(OPENAI.chat(chat(merged_adapters=values), bearer)).prompt
     assert by_lorax.adapter == by_openai.adapter == key_of(weights=[0.5, 0.5])
