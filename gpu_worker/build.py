@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import os
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import choose_device, choose_dtype, set_threads
 from gpu_worker.figures import Figures
 from gpu_worker.forward import EagerForward, Forward
+from gpu_worker.grammars import Grammars
 from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kernels.grouped import Grouped
@@ -30,6 +33,7 @@ from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.grammars import load_vocabulary
 from pipeline.messages import Step, WorkerReady
 from pipeline.model_config import ModelConfig, read_model_config
 
@@ -84,6 +88,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         rows=rows,
         history=parts.history,
         figures=figures,
+        grammars=_grammars(parts, folder),
         device=device,
         index=index,
     )
@@ -236,6 +241,19 @@ def make_sdpa(parts: Parts) -> AttentionBackend:
         sliding_window=parts.config.sliding_window,
         dtype=parts.dtype,
         device=parts.device,
+    )
+
+
+def _grammars(parts: Parts, folder: Path) -> Grammars:
+    """On a GPU there are cores to spare; on a CPU they are busy with the step."""
+    eos, size = parts.config.eos_token_ids, parts.config.vocabulary
+    cores = len(os.sched_getaffinity(0))
+    return Grammars(
+        load_vocabulary=partial(load_vocabulary, folder, eos_token_ids=eos, size=size),
+        rows=parts.settings.rows,
+        vocabulary=size,
+        eos_token_ids=eos,
+        threads=max(1, min(8, cores // 2)) if parts.device.type == "cuda" else 1,
     )
 
 

@@ -16,8 +16,7 @@ from gpu_worker.cumulative import first_beyond
 from gpu_worker.device import to_device
 from gpu_worker.filters import filter_
 from gpu_worker.randomness import uniform
-
-NOT_FINITE = -1
+from pipeline.messages import NOT_FINITE
 
 
 class SampledRows(NamedTuple):
@@ -31,10 +30,13 @@ class SampledRows(NamedTuple):
     logprobs: NDArray[np.bool_]  # [sampled], who wants one
 
 
-def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
+def sample(
+    logits: Tensor, rows: SampledRows, masked: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Choose a token for each row, without waiting for the device.
 
     logits   [sampled, vocabulary], compute dtype; not changed
+    masked   the same with -inf for what must not be chosen, if there is such
     returns  tokens int64[sampled], -1 where the logits are not finite; and what `logprobs` gives,
              or None when no row wants it
     """
@@ -44,9 +46,9 @@ def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
         | (params["frequency_penalty"] != 0)
         | (params["presence_penalty"] != 0)
     )
-    scores = logits
+    scores = logits if masked is None else masked
     if penalised.any():
-        scores = logits.float()
+        scores = scores.float()
         indices = np.flatnonzero(penalised)
         at = to_device(indices, logits.device)
         scores = scores.index_copy(0, at, penalise(scores[at], _only(rows, indices)))

@@ -8,7 +8,7 @@ read from the history, on the device.
 import time
 from collections.abc import Sequence
 from mmap import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import to_device
 from gpu_worker.figures import Figures
 from gpu_worker.forward import Forward
+from gpu_worker.grammars import Grammars, Masks
 from gpu_worker.history import History
 from gpu_worker.rows import RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
-from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
+from pipeline.messages import GRAMMAR_GAVE_UP, NewRow, PlaceAdapter, Step, StepDone
 
 
 class Launched:
@@ -72,6 +73,14 @@ class Launched:
         rows = np.frombuffer(self._decode_rows, np.int32).tolist()
         return StepTimes(self._start, self._end, frozenset(rows))
 
+    def tokens_on_host(self) -> NDArray[np.int32]:
+        """int32[sampled]; waits until they are there. To be called once its end was launched."""
+        assert self._end is not None
+        assert self._tokens is not None
+        self._end.wait()
+        tokens: NDArray[np.int32] = self._tokens.numpy()
+        return tokens
+
     def result(self) -> StepDone:
         """Waits until it is done."""
         if self._end is not None:
@@ -82,6 +91,15 @@ class Launched:
             b"" if self._logprobs is None else self._logprobs.numpy().tobytes(),
             index=self._index,
         )
+
+
+class _Unsampled(NamedTuple):
+    """A step whose forward pass was launched, and whose masks were not ready then."""
+
+    launched: Launched
+    host: HostBatch
+    logits: Tensor  # [sampled, vocabulary]
+    masks: Masks
 
 
 class Worker:
@@ -95,9 +113,12 @@ class Worker:
         rows: RowTable,
         history: History,
         figures: Figures,
+        grammars: Grammars,
         device: torch.device,
         index: int = 0,
     ) -> None:
+        self.grammars = grammars
+        self._unsampled: _Unsampled | None = None
         self._forward = forward
         self.adapters = adapters
         self.rows = rows
@@ -134,23 +155,50 @@ class Worker:
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""
         launched = self.launch(step)
+        self.sample_launched(wait=True)
         done = launched.result()
         self.count(launched)
         return done
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
-        """Start a step. Raises ValueError for one that contradicts the row table."""
+        """Start a step. Raises ValueError for one that contradicts the row table.
+
+        If masks are not ready when its forward pass is launched, sampling is left to
+        `sample_launched`, or to the next launch: the device is busy until then.
+        """
+        self.sample_launched(wait=True)
         launched = Launched(step, self._index, self._device)
         self._change(step)
-        if step.decode_rows or step.prefill:
-            host = make_batch(step, self.rows)
-            logits = self._forward.run(host, self.history, launched.starts)
+        if not (step.decode_rows or step.prefill):
+            launched.ends()
+            return launched
+        host = make_batch(step, self.rows)
+        masks = self.grammars.fill(host.sampled_rows)
+        logits = self._forward.run(host, self.history, launched.starts)
+        self._count_tokens(host)
+        if masks is None:
             if len(host.sampled_rows):
                 launched.gives(*self._sample(host, logits))
-            self._count_tokens(host)
-        launched.ends()
+            launched.ends()
+        else:
+            self._unsampled = _Unsampled(launched, host, logits, masks)
+            self.sample_launched()
         return launched
+
+    @torch.inference_mode()
+    def sample_launched(self, *, wait: bool = False) -> bool:
+        """Launch the sampling that was left, if its masks are ready or are to be waited for.
+        Returns whether there was something to do."""
+        left = self._unsampled
+        if left is None or not (wait or left.masks.is_ready):
+            return False
+        left.masks.wait()
+        self._unsampled = None
+        left.launched.gives(*self._sample(left.host, left.logits, left.masks))
+        left.launched.ends()
+        self.grammars.advance(left.masks, left.launched)
+        return True
 
     @torch.inference_mode()
     def rehearse(self, step: Step) -> None:
@@ -187,10 +235,13 @@ class Worker:
 
     def _take(self, new_rows: Sequence[NewRow]) -> list[NDArray[np.int64]]:
         for new in new_rows:
+            self.grammars.take(new)
             self.history.write(new.row, np.frombuffer(new.token_ids, np.int32).copy())
         return [self.rows.take(new) for new in new_rows]
 
-    def _sample(self, host: HostBatch, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _sample(
+        self, host: HostBatch, logits: Tensor, masks: Masks | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         table, rows = self.rows, host.sampled_rows
         sampled = SampledRows(
             params=table.sampling[rows],
@@ -200,7 +251,10 @@ class Worker:
             prompt_tokens=table.prompt_tokens[rows],
             logprobs=table.logprobs[rows],
         )
-        tokens, logprobs = sample(logits, sampled)
+        masked = None if masks is None else masks.apply(logits)
+        tokens, logprobs = sample(logits, sampled, masked)
+        if masks is not None and masks.gave_up:
+            tokens.index_fill_(0, self._tensor(np.array(masks.gave_up)), GRAMMAR_GAVE_UP)
         self.history.append(self._tensor(rows), self._tensor(sampled.lengths), tokens)
         table.advance(rows)
         return tokens, logprobs

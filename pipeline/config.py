@@ -215,6 +215,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         int,
         Meta(ge=0, description="requests of one tenant that wait; more get 429; 0: no limit"),
     ] = 0
+    tool_format: Annotated[
+        Literal["auto", "hermes", "llama", "mistral"],
+        Meta(description="how the model writes calls of tools; auto: as its chat template says"),
+    ] = "auto"
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20

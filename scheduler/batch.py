@@ -157,4 +157,5 @@ def _new_row(sequence: Sequence, slot: int, blocks: list[int]) -> NewRow:
         blocks=pack(blocks),
         sampling=sequence.sampling,
         logprobs=sequence.logprobs,
+        grammar_id=sequence.grammar_id,
     )

@@ -32,6 +32,7 @@ from pipeline.messages import (
     Failure,
     Finished,
     FinishReason,
+    GrammarCompiled,
     ListAdapters,
     Message,
     PlaceAdapter,
@@ -49,6 +50,7 @@ from scheduler.batch import Batch
 from scheduler.catalogue import Catalogue
 from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
+from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
 from scheduler.policy import Policy
 from scheduler.reply import Reply
@@ -97,6 +99,7 @@ class Scheduler:
             load_seconds=settings.adapter_load_seconds,
             pinned_fraction=settings.pinned_pool_fraction,
         )
+        self._grammars = Grammars(lambda message: self._outbox.append(("gpu_worker", 0, message)))
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
         self._arena: ArenaReady | None = None
@@ -125,6 +128,7 @@ class Scheduler:
         self._adapters.worker_ready(
             pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
         )
+        self._grammars.worker_ready()
         for sequence in list(self._sequence_of.values()):
             self._check_fits(sequence, now)
         self._attach_arena()
@@ -141,6 +145,7 @@ class Scheduler:
         sequence = Sequence(message, order=self._submitted, eos=self._eos)
         self._sequence_of[sequence.request_id] = sequence
         self._unstarted[sequence.tenant] += 1
+        may_start = self._grammars.join(sequence)
         if self._worker is not None and not self._check_fits(sequence, now):
             return
         limit = self._settings.max_tenant_waiting
@@ -152,7 +157,8 @@ class Scheduler:
             self._catalogue.asked(sequence.adapter, now, resident=resident)
         deadline = sequence.arrived + self._settings.max_wait_seconds
         heapq.heappush(self._start_deadlines, (deadline, sequence.order, sequence))
-        self._adapters.join(sequence, now)
+        if may_start:
+            self._adapters.join(sequence, now)
 
     def cancel(self, message: Cancel) -> None:
         sequence = self._sequence_of.get(message.request_id)
@@ -188,6 +194,15 @@ class Scheduler:
     def adapter_placed(self, message: AdapterPlaced) -> None:
         """The oldest placement is done."""
         self._adapters.placed(message.slot)
+
+    def grammar_compiled(self, message: GrammarCompiled, now: float) -> None:
+        """Those that waited for it go on to their adapters."""
+        if message.error:
+            for sequence in self._grammars.failed(message.grammar_id):
+                self._fail(sequence, failures.no_grammar(message.error), now)
+            return
+        for sequence in self._grammars.compiled(message.grammar_id):
+            self._adapters.join(sequence, now)
 
     def step_done(self, message: StepDone, now: float) -> None:
         """The oldest step in flight has its tokens."""
@@ -364,7 +379,7 @@ class Scheduler:
             if sequence.ended:
                 continue
             if token < 0:
-                self._fail(sequence, failures.not_finite(sequence.adapter), now)
+                self._fail(sequence, failures.no_token(token, sequence.adapter), now)
                 continue
             known = sequence.token_ids
             known.append(token)
@@ -483,6 +498,7 @@ class Scheduler:
         """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
         sequence.ended = True
         del self._sequence_of[sequence.request_id]
+        waited_for_grammar = self._grammars.leave(sequence)
         if sequence.started is None:
             self._waits_no_more(sequence)
         if sequence.table is not None:
@@ -490,7 +506,7 @@ class Scheduler:
             self._unpin(sequence)
         elif sequence in self._resting:
             self._resting.remove(sequence)
-        else:
+        elif not waited_for_grammar:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
         self._policy.end(sequence)

@@ -30,6 +30,8 @@ class Sequence:
         "extent",
         "fed",
         "first_token",
+        "grammar",
+        "grammar_id",
         "last_fed",
         "logprobs",
         "named",
@@ -58,6 +60,8 @@ class Sequence:
         self.tenant = submit.tenant
         self.sampling = submit.sampling
         self.logprobs = submit.logprobs
+        self.grammar = submit.grammar
+        self.grammar_id = 0  # of scheduler.grammars; 0 is none
         self.order = order  # of submission among all requests
         self.eos = frozenset[int]() if submit.ignore_eos else eos
 

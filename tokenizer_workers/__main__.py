@@ -9,6 +9,7 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
     Cancel,
+    GrammarChecked,
     ProcessReady,
     Prompt,
     Shutdown,
@@ -19,6 +20,7 @@ from pipeline.messages import (
 from pipeline.metrics import REGISTRY, snapshot
 from pipeline.process import run
 from tokenizer_workers.core import PROCESS, Core
+from tokenizer_workers.grammar_checks import GrammarChecks
 from tokenizer_workers.loading import TextModel, load
 
 ENCODE_SECONDS = Histogram(
@@ -58,8 +60,10 @@ class Worker:
             encode=model.encoder.encode,
             new_decoder=model.new_decoder,
             new_token_decoder=model.new_token_decoder,
+            new_tool_decoder=model.new_tool_decoder,
             special_ids=model.special_ids,
         )
+        self._checks = GrammarChecks(settings, PROCESS, index, model.load_vocabulary)
 
     def announce(self) -> None:
         for frontend in self.core.frontends:
@@ -77,6 +81,7 @@ class Worker:
             self._report()
 
     def close(self) -> None:
+        self._checks.close()
         self._outbox.close()
         self._inbox.close()
 
@@ -88,6 +93,8 @@ class Worker:
             case Prompt():
                 with ENCODE_SECONDS.time():
                     self.core.prompt(message, time.monotonic())
+            case GrammarChecked():
+                self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():
@@ -96,6 +103,8 @@ class Worker:
                 assert_never(message)
 
     def _send(self) -> None:
+        for source in self.core.take_checks():
+            self._checks.check(source)
         for to in self.core.take_outbox():
             self._outbox.send(to.process, to.message, to.index)
 

@@ -67,18 +67,27 @@ class ChatTemplate:
         self._wants_parts = not self._shows("probe") and self._shows(
             [{"type": "text", "text": "probe"}]
         )
+        self.shows_tools = self._shows_tools()
+        self.takes_system = self._takes_system()
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt. Raises RequestError for messages that the template does not take."""
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
+        """The prompt. Raises RequestError for messages that the template does not take.
+
+        tools   for a template that shows them
+        """
         if not messages:
             raise RequestError(400, FailureKind.VALIDATION, "`messages` cannot be empty")
-        return self._render([self._normal(message) for message in messages])
+        return self._render([self._normal(message) for message in messages], tools)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> str:
         try:
             return self._template.render(
                 messages=messages,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=True,
                 **self._special_tokens,
@@ -105,6 +114,27 @@ class ChatTemplate:
         """Whether a user's message with this content leaves a trace of it in the prompt."""
         try:
             return "probe" in self._render([{"role": "user", "content": content}])
+        except RequestError:
+            return False
+
+    def _shows_tools(self) -> bool:
+        """Whether a tool leaves a trace of its name in the prompt."""
+        parameters = {"type": "object", "properties": {}}
+        function = {"name": "probe", "description": "", "parameters": parameters}
+        message = self._normal({"role": "user", "content": "hello"})
+        try:
+            return "probe" in self._render([message], [{"type": "function", "function": function}])
+        except RequestError:
+            return False
+
+    def _takes_system(self) -> bool:
+        """Whether a system message leaves a trace in the prompt."""
+        messages = [
+            {"role": "system", "content": "probe"},
+            {"role": "user", "content": "hello"},
+        ]
+        try:
+            return "probe" in self._render([self._normal(message) for message in messages])
         except RequestError:
             return False
 

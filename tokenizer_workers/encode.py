@@ -6,8 +6,11 @@ import msgspec
 from tokenizers import Tokenizer
 
 from pipeline.errors import RequestError
+from pipeline.grammars import GrammarError, source_of
 from pipeline.messages import FailureKind, Prompt
 from tokenizer_workers.chat_template import ChatTemplate
+from tokenizer_workers.tool_calls import ToolCallParser
+from tokenizer_workers.tool_use import ToolUse
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -16,6 +19,8 @@ class Encoded(msgspec.Struct, frozen=True):
     token_ids: bytes  # int32[prompt_tokens], at least one
     prompt_tokens: int
     max_tokens: int  # at least one
+    grammar: str = ""  # as the library writes it; nobody has compiled it yet
+    parser: ToolCallParser | None = None  # of the reply, if it may call tools
 
 
 class Encoder:
@@ -25,6 +30,7 @@ class Encoder:
     vocabulary         of the model; greater ids are refused
     max_total_tokens   of prompt and reply together
     token_characters   the longest token's
+    tool_use           how the model calls tools; None when it has no chat template
     """
 
     def __init__(
@@ -35,7 +41,9 @@ class Encoder:
         vocabulary: int,
         max_total_tokens: int,
         token_characters: int,
+        tool_use: ToolUse | None = None,
     ) -> None:
+        self._tool_use = tool_use
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocabulary = vocabulary
@@ -64,7 +72,23 @@ class Encoder:
                 f"`inputs` tokens + `max_new_tokens` must be <= {self._max_total_tokens}. "
                 f"Given: {count} `inputs` tokens and {max_tokens} `max_new_tokens`"
             )
-        return Encoded(ids.tobytes(), count, max_tokens)
+        return Encoded(
+            ids.tobytes(),
+            count,
+            max_tokens,
+            grammar=self._grammar(prompt),
+            parser=self._tool_use.parser(prompt.tools) if self._tool_use else None,
+        )
+
+    def _grammar(self, prompt: Prompt) -> str:
+        try:
+            grammar = self._tool_use.grammar(prompt) if self._tool_use else prompt.grammar
+            source = source_of(grammar) if grammar else ""
+        except GrammarError as error:
+            raise RequestError(422, FailureKind.GRAMMAR, str(error)) from None
+        if source and prompt.ignore_eos:
+            raise _invalid("a reply with a grammar ends with it: `ignore_eos` cannot be set")
+        return source
 
     def _token_ids(self, prompt: Prompt) -> "array[int]":
         if prompt.token_ids is not None:
@@ -73,7 +97,10 @@ class Encoder:
             return self._encode_text(prompt.text or "", prompt.add_special_tokens)
         if self._chat_template is None:
             raise RequestError(400, FailureKind.TEMPLATE, "the model has no chat template")
-        return self._encode_text(self._chat_template.render(prompt.chat), special=False)
+        messages, tools = prompt.chat, None
+        if self._tool_use is not None:
+            messages, tools = self._tool_use.chat(prompt.chat, prompt.tools)
+        return self._encode_text(self._chat_template.render(messages, tools), special=False)
 
     def _encode_text(self, text: str, special: bool) -> "array[int]":
         if len(text) > self._max_characters:  # before the time is spent that others wait for

@@ -1,14 +1,17 @@
 """Everything about text that a base model's folder holds: tokenizer, special tokens, template."""
 
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.grammars import load_vocabulary
 from pipeline.model_config import ModelConfig, read_model_config
 from pipeline.model_folder import model_folder
 from tokenizer_workers.chat_template import ChatTemplate, find_source, special_tokens
@@ -24,6 +27,8 @@ from tokenizer_workers.token_table import (
     byte_level_table,
     fallback_decoder_config,
 )
+from tokenizer_workers.tool_formats import FORMATS, ToolFormat, format_of
+from tokenizer_workers.tool_use import ToolUse
 
 
 class TextModel(msgspec.Struct, frozen=True):
@@ -32,6 +37,8 @@ class TextModel(msgspec.Struct, frozen=True):
     encoder: Encoder
     new_decoder: Callable[[], TextDecoder]  # a reply's text, without special tokens
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
+    new_tool_decoder: Callable[[], TextDecoder]  # without, but for those around calls of tools
+    load_vocabulary: Callable[[], LLTokenizer]  # for grammars; raises GrammarError
     special_ids: frozenset[int]
     max_total_tokens: int
 
@@ -48,6 +55,12 @@ def load(settings: Settings) -> TextModel:
     return text_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokens) if source else None,
+        tool_format=FORMATS[
+            format_of(source) if settings.tool_format == "auto" else settings.tool_format
+        ],
+        load_vocabulary=partial(
+            load_vocabulary, folder, eos_token_ids=config.eos_token_ids, size=config.vocabulary
+        ),
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
     )
@@ -57,11 +70,15 @@ def text_model(
     *,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
+    tool_format: ToolFormat,
+    load_vocabulary: Callable[[], LLTokenizer],
     config: ModelConfig,
     max_total_tokens: int,
 ) -> TextModel:
     added = tokenizer.get_added_tokens_decoder()
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+    hidden = special_ids.union(config.eos_token_ids)
+    around_calls = {tokenizer.token_to_id(text) for text in (tool_format.begin, tool_format.end)}
     return TextModel(
         encoder=Encoder(
             tokenizer=tokenizer,
@@ -69,14 +86,35 @@ def text_model(
             vocabulary=config.vocabulary,
             max_total_tokens=max_total_tokens,
             token_characters=max(map(len, tokenizer.get_vocab())),
+            tool_use=_tool_use(tokenizer, chat_template, tool_format),
         ),
         # an end-of-text token that nobody marked as special is not for the reader either
-        new_decoder=decoders(
-            tokenizer, config.vocabulary, hidden=special_ids.union(config.eos_token_ids)
+        new_decoder=decoders(tokenizer, config.vocabulary, hidden=hidden),
+        new_tool_decoder=decoders(
+            tokenizer, config.vocabulary, hidden=hidden.difference(around_calls)
         ),
+        load_vocabulary=load_vocabulary,
         new_token_decoder=decoders(tokenizer, config.vocabulary, hidden=()),
         special_ids=special_ids,
         max_total_tokens=max_total_tokens,
+    )
+
+
+def _tool_use(
+    tokenizer: Tokenizer, chat_template: ChatTemplate | None, form: ToolFormat
+) -> ToolUse | None:
+    if chat_template is None:
+        return None
+    own = {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    }
+    return ToolUse(
+        form,
+        template_shows_tools=chat_template.shows_tools,
+        template_takes_system=chat_template.takes_system,
+        token_id=own.get,
     )
 
 

@@ -65,6 +65,7 @@ def core(worker: int = 0, frontends: int = 1) -> Core:
         encode=encode,
         new_decoder=Letters,
         new_token_decoder=Letters,
+        new_tool_decoder=Letters,
         special_ids=frozenset({SPECIAL}),
     )
 
