@@ -9,6 +9,7 @@ import msgspec
 from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
 from frontend.parameters import ParameterError
 from frontend.sse import DONE, event
+from frontend.tool_call_replies import call_delta, whole_calls
 from pipeline.errors import RequestError
 from pipeline.messages import End, FailureKind, FinishReason, Piece, Usage
 
@@ -31,6 +32,7 @@ class _Word(msgspec.Struct, frozen=True):
 WORDS: dict[str, _Word] = {
     FailureKind.VALIDATION: _Word(400, "invalid_request_error", None),
     FailureKind.TEMPLATE: _Word(400, "invalid_request_error", "template_error"),
+    FailureKind.GRAMMAR: _Word(422, "invalid_request_error", "invalid_grammar"),
     FailureKind.ADAPTER_NOT_FOUND: _Word(404, "invalid_request_error", "model_not_found"),
     FailureKind.ADAPTER_FORBIDDEN: _Word(403, "permission_error", "model_forbidden"),
     FailureKind.ADAPTER_INVALID: _Word(422, "invalid_request_error", "model_invalid"),
@@ -112,12 +114,11 @@ class _Shape:
         self._after_text += usage + b"}\n\n"
 
     def whole(self, pieces: list[Piece], end: End) -> HttpReply:
-        text = "".join([piece.text for piece in pieces])
         choice = {
             "index": 0,
-            **self._content(text),
+            **self._content(pieces),
             "logprobs": None,
-            "finish_reason": FINISH_REASONS[end.reason],
+            "finish_reason": self._finish_reason(pieces, end),
         }
         return HttpReply(
             200,
@@ -143,7 +144,7 @@ class _Shape:
             "index": 0,
             **self.LAST_CHOICE,
             "logprobs": None,
-            "finish_reason": FINISH_REASONS[end.reason],
+            "finish_reason": self._finish_reason(pieces, end),
         }
         events = self.events(pieces) + self._chunk([choice])
         if self._include_usage:
@@ -153,9 +154,12 @@ class _Shape:
     def error_event(self, error: RequestError) -> bytes:
         return event(_error_of(error))
 
-    def _content(self, text: str) -> dict[str, Any]:
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
         """What the choice of a whole reply holds the text in."""
         raise NotImplementedError
+
+    def _finish_reason(self, pieces: list[Piece], end: End) -> str:
+        return FINISH_REASONS[end.reason]
 
     def _object(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
@@ -177,12 +181,41 @@ class ChatShape(_Shape):
     AFTER_TEXT = b"}"
     LAST_CHOICE = {"delta": {}}
 
+    def __init__(self, *, model: str, include_usage: bool, may_call: bool = False) -> None:
+        super().__init__(model=model, include_usage=include_usage)
+        self._may_call = may_call
+        self._has_called = False
+
     def opening(self) -> bytes:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        content = None if self._may_call else ""
+        return self._delta({"role": "assistant", "content": content, "refusal": None})
+
+    def events(self, pieces: list[Piece]) -> bytes:
+        if not self._may_call:
+            return super().events(pieces)
+        events = b""
+        for piece in pieces:
+            events += super().events([piece])
+            self._has_called = self._has_called or bool(piece.tool_calls)
+            events += b"".join([self._delta(call_delta(part)) for part in piece.tool_calls])
+        return events
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
         return self._chunk([{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        text = "".join([piece.text for piece in pieces])
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls := whole_calls(pieces):
+            message |= {"content": text or None, "tool_calls": calls}
+        return {"message": message}
+
+    def _finish_reason(self, pieces: list[Piece], end: End) -> str:
+        """A reply that was cut off may lack the rest of a call."""
+        called = self._has_called or any(piece.tool_calls for piece in pieces)
+        if called and end.reason is not FinishReason.LENGTH:
+            return "tool_calls"
+        return super()._finish_reason(pieces, end)
 
 
 class CompletionShape(_Shape):
@@ -201,5 +234,5 @@ class CompletionShape(_Shape):
     def opening(self) -> bytes:
         return self._before_text + encode(self._echo) + self._after_text if self._echo else b""
 
-    def _content(self, text: str) -> dict[str, Any]:
-        return {"text": self._echo + text}
+    def _content(self, pieces: list[Piece]) -> dict[str, Any]:
+        return {"text": self._echo + "".join([piece.text for piece in pieces])}

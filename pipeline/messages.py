@@ -164,7 +164,7 @@ class GrammarKind(StrEnum):
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"  # of the whole reply
     CHOICE = "choice"  # a JSON list of the texts that may be said
-    LARK = "lark"  # or GBNF
+    LARK = "grammar"  # Lark, or GBNF
 
 
 class Grammar(Value, frozen=True):

@@ -217,7 +217,7 @@ class _Call:
             self._in_string = False
             if not self._key:
                 self._key, self._text = _string(self._text + character), ""
-                known = self._argument_keys + ("name", *OTHER_KEYS)
+                known = (*self._argument_keys, "name", *OTHER_KEYS)
                 self.is_broken = not self._key or (
                     self._key not in known and self._names is not None
                 )

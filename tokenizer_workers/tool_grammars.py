@@ -9,6 +9,7 @@ from pipeline.messages import Grammar, GrammarKind, ToolChoice, Tools
 from tokenizer_workers.tool_formats import ToolFormat
 
 ANY_OBJECT = {"type": "object"}
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def tool_grammar(
@@ -40,7 +41,7 @@ def tool_grammar(
 def _call(form: ToolFormat, at: int, function: dict[str, Any], is_forced: bool) -> str:
     """The JSON object of a call. Each schema is a document of its own, so that its references
     hold."""
-    schema = function.get("parameters") or {**ANY_OBJECT, "properties": {}}
+    schema = function.get("parameters", NO_ARGUMENTS)
     if not (is_forced or function.get("strict")):
         schema = ANY_OBJECT
     name = json.dumps(function["name"])
