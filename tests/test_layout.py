@@ -13,12 +13,13 @@ PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapte
 
 # package -> the third-party names that it may import
 ALLOWED = {
-    "pipeline": {"msgspec", "zmq", "prometheus_client", "tqdm"},
+    "pipeline": {"llguidance", "msgspec", "zmq", "prometheus_client", "tqdm"},
     "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
-    "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
+    "tokenizer_workers": {"jinja2", "llguidance", "msgspec", "prometheus_client", "tokenizers"},
     "scheduler": {"msgspec", "prometheus_client"},
     "gpu_worker": {
         "flash_attn",
+        "llguidance",
         "msgspec",
         "numpy",
         "prometheus_client",
@@ -45,6 +46,7 @@ PURE = (
     "scheduler/catalogue.py",
     "scheduler/core.py",
     "scheduler/sequence.py",
+    "scheduler/grammars.py",
     "scheduler/kv_blocks.py",
     "scheduler/adapter.py",
     "scheduler/adapter_pool.py",
@@ -52,10 +54,14 @@ PURE = (
     "scheduler/fair_share.py",
     "scheduler/loads.py",
     "scheduler/step_cost.py",
+    "tokenizer_workers/checked_grammars.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
     "tokenizer_workers/stop_strings.py",
     "tokenizer_workers/token_table.py",
+    "tokenizer_workers/tool_calls.py",
+    "tokenizer_workers/tool_formats.py",
+    "tokenizer_workers/tool_messages.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
     "adapter_loader/recent_failures.py",
