@@ -106,7 +106,7 @@ class Grammars:
         threads: int,
     ) -> None:
         self._load_vocabulary = load_vocabulary
-        self._eos = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
         self._threads = threads
         self._words = -(-vocabulary // WORD)
         self._ring = PinnedRing(buffers=MASKS_IN_USE, shape=(rows, self._words), dtype=np.int32)
@@ -213,7 +213,7 @@ class Grammars:
             row = self._rows[index]
             if row.is_over or row.gave_up:
                 continue
-            if token in self._eos or token < 0:
+            if token in self.eos_token_ids or token < 0:
                 row.is_over = True
             else:
                 row.gave_up = not row.matcher.consume_token(token)

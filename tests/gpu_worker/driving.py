@@ -88,6 +88,7 @@ class Driver:
         prompt_tokens: int | None = None,
         cached_blocks: Sequence[int] = (),
         logprobs: bool = False,
+        grammar_id: int = 0,
     ) -> Row:
         """A sequence takes a row in the next step."""
         new = NewRow(
@@ -99,6 +100,7 @@ class Driver:
             blocks=ints(cached_blocks),
             sampling=sampling,
             logprobs=logprobs,
+            grammar_id=grammar_id,
         )
         self._new.append(new)
         self.rows[row] = Row(new, list(tokens), list(cached_blocks))
