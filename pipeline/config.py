@@ -215,6 +215,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         int,
         Meta(ge=0, description="requests of one tenant that wait; more get 429; 0: no limit"),
     ] = 0
+    grammar_compile_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time to compile a grammar, after which it is refused, seconds"),
+    ] = 5.0
     tool_format: Annotated[
         Literal["auto", "hermes", "llama", "mistral"],
         Meta(description="how the model writes calls of tools; auto: as its chat template says"),

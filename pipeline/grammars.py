@@ -16,6 +16,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from pipeline.messages import Grammar, GrammarKind
+from pipeline.repetitions import MAX_NESTED, nested, nested_in_lark
 
 MAX_SOURCE_BYTES = 64 << 10
 MAX_MULTIPLE = 100_000  # the library builds an automaton with so many states
@@ -66,6 +67,7 @@ def source_of(grammar: Grammar) -> str:
     if len(grammar.text.encode()) > MAX_SOURCE_BYTES:
         raise GrammarError(f"a grammar has at most {MAX_SOURCE_BYTES} bytes")
     _check_multiples(grammar.text)
+    _check_repetitions(grammar)
     match grammar.kind:
         case GrammarKind.JSON_SCHEMA:
             text = "{}" if grammar.text == "true" else grammar.text
@@ -158,6 +160,31 @@ def _check_multiples(text: str) -> None:
             f"`multipleOf` is too large: the least common multiple of all in a grammar, without "
             f"the decimal point, is at most {MAX_MULTIPLE}"
         )
+
+
+def _check_repetitions(grammar: Grammar) -> None:
+    """Raises GrammarError."""
+    match grammar.kind:
+        case GrammarKind.REGEX:
+            found = nested(grammar.text)
+        case GrammarKind.LARK:
+            found = nested_in_lark(grammar.text)
+        case _:
+            found = 1
+    if "attern" in grammar.text:  # every string of a schema may be one
+        strings = re.findall(r'"(?:\\.|[^"\\])*"', grammar.text)
+        found = max([found, *(nested(_unescaped(text)) for text in strings)])
+    if found > MAX_NESTED:
+        raise GrammarError(
+            f"a pattern repeats what it repeats up to {found} times; {MAX_NESTED} is the most"
+        )
+
+
+def _unescaped(text: str) -> str:
+    try:
+        return msgspec.json.decode(text, type=str)
+    except msgspec.DecodeError:  # a string of Lark
+        return text[1:-1]
 
 
 def _character(escape: "re.Match[str]") -> str:

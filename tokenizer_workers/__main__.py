@@ -63,7 +63,7 @@ class Worker:
             new_tool_decoder=model.new_tool_decoder,
             special_ids=model.special_ids,
         )
-        self._checks = GrammarChecks(settings, PROCESS, index, model.load_vocabulary)
+        self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
         for frontend in self.core.frontends:

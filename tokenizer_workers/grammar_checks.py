@@ -1,34 +1,23 @@
-"""The thread that finds out whether a grammar can be had, so that nobody's text waits for it."""
+"""The thread that has grammars compiled, so that nobody's text waits for it."""
 
 import threading
-from collections.abc import Callable
 from queue import SimpleQueue
-
-from llguidance import LLTokenizer
 
 from pipeline.channels import Outbox
 from pipeline.config import Settings
-from pipeline.grammars import GrammarError, compile_grammar
 from pipeline.messages import GrammarChecked
+from tokenizer_workers.grammar_compiler import Compiler
 
 
 class GrammarChecks:
-    """Compiles what it is given, one after the other; the answers go to this process's own inbox.
+    """Has compiled what it is given, one after the other; the answers go to this process's own
+    inbox."""
 
-    load_vocabulary  raises GrammarError; called once, in the thread
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        process: str,
-        index: int,
-        load_vocabulary: Callable[[], LLTokenizer],
-    ) -> None:
+    def __init__(self, settings: Settings, process: str, index: int, compiler: Compiler) -> None:
         self._run_dir = settings.run_folder()
         self._process = process
         self._index = index
-        self._load_vocabulary = load_vocabulary
+        self._compiler = compiler
         self._sources: SimpleQueue[str | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -39,20 +28,15 @@ class GrammarChecks:
         self._sources.put(source)
 
     def close(self) -> None:
-        """What has not been compiled is not any more."""
+        """What was given has been compiled."""
         if self._thread is not None:
             self._sources.put(None)
             self._thread.join()
 
     def _run(self) -> None:
         outbox = Outbox(self._run_dir)
-        vocabulary: LLTokenizer | None = None
         while (source := self._sources.get()) is not None:
-            error = ""
-            try:
-                vocabulary = vocabulary or self._load_vocabulary()
-                compile_grammar(vocabulary, source)
-            except GrammarError as refused:
-                error = str(refused)
+            error = self._compiler.error_of(source)
             outbox.send(self._process, GrammarChecked(source, error), self._index)
+        self._compiler.close()
         outbox.close(0)

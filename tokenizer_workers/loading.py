@@ -1,17 +1,14 @@
 """Everything about text that a base model's folder holds: tokenizer, special tokens, template."""
 
 from collections.abc import Callable, Collection, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from llguidance import LLTokenizer
 from tokenizers import Tokenizer
 
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
-from pipeline.grammars import load_vocabulary
 from pipeline.model_config import ModelConfig, read_model_config
 from pipeline.model_folder import model_folder
 from tokenizer_workers.chat_template import ChatTemplate, find_source, special_tokens
@@ -22,6 +19,7 @@ from tokenizer_workers.decode import (
     TextDecoder,
 )
 from tokenizer_workers.encode import Encoder
+from tokenizer_workers.grammar_compiler import Compiler
 from tokenizer_workers.token_table import (
     byte_fallback_table,
     byte_level_table,
@@ -38,7 +36,7 @@ class TextModel(msgspec.Struct, frozen=True):
     new_decoder: Callable[[], TextDecoder]  # a reply's text, without special tokens
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
     new_tool_decoder: Callable[[], TextDecoder]  # without, but for those around calls of tools
-    load_vocabulary: Callable[[], LLTokenizer]  # for grammars; raises GrammarError
+    compiler: Compiler  # of grammars
     special_ids: frozenset[int]
     max_total_tokens: int
 
@@ -58,9 +56,7 @@ def load(settings: Settings) -> TextModel:
         tool_format=FORMATS[
             format_of(source) if settings.tool_format == "auto" else settings.tool_format
         ],
-        load_vocabulary=partial(
-            load_vocabulary, folder, eos_token_ids=config.eos_token_ids, size=config.vocabulary
-        ),
+        compiler=Compiler(folder, config, seconds=settings.grammar_compile_seconds),
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
     )
@@ -71,7 +67,7 @@ def text_model(
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
     tool_format: ToolFormat,
-    load_vocabulary: Callable[[], LLTokenizer],
+    compiler: Compiler,
     config: ModelConfig,
     max_total_tokens: int,
 ) -> TextModel:
@@ -93,7 +89,7 @@ def text_model(
         new_tool_decoder=decoders(
             tokenizer, config.vocabulary, hidden=hidden.difference(around_calls)
         ),
-        load_vocabulary=load_vocabulary,
+        compiler=compiler,
         new_token_decoder=decoders(tokenizer, config.vocabulary, hidden=()),
         special_ids=special_ids,
         max_total_tokens=max_total_tokens,
