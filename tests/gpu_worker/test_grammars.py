@@ -78,7 +78,7 @@ def answer(worker: Worker, *messages: CompileGrammar) -> list[GrammarCompiled]:
     return answers
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def worker(folder: Path) -> Worker:
     """It has compiled GRAMMARS."""
     made = make_worker(folder)
@@ -234,12 +234,13 @@ def test_what_cannot_be_compiled_is_answered_with_a_sentence(worker: Worker) -> 
 
 
 def test_a_grammar_may_be_forgotten_when_no_row_has_it(worker: Worker) -> None:
+    assert answer(worker, CompileGrammar(8, source_of(GRAMMARS[CHOICE]))) == [GrammarCompiled(8)]
     driver = Driver(worker)
-    driver.add(0, prompt(0, 5), grammar_id=CHOICE)
+    driver.add(0, prompt(0, 5), grammar_id=8)
     until_ended(worker, driver, [0])
     driver.free(0)
     source = source_of(GRAMMARS[REGEX])
-    assert answer(worker, CompileGrammar(9, source, forget=(CHOICE, JSON))) == [GrammarCompiled(9)]
+    assert answer(worker, CompileGrammar(9, source, forget=(8,))) == [GrammarCompiled(9)]
     driver.add(0, prompt(0, 5), grammar_id=9)
     until_ended(worker, driver, [0])
     assert reply(worker, driver, 0) is not None

@@ -20,9 +20,11 @@ from pipeline.messages import (
     ArenaReady,
     AttachArena,
     Cancel,
+    CompileGrammar,
     Failure,
     Finished,
     ForgetAdapter,
+    GrammarCompiled,
     ListAdapters,
     LoadAdapter,
     Prefetch,
@@ -96,6 +98,7 @@ class World:
         self.names = [Aliases(0, {})] * self.settings.frontends  # as each was told them
         self.listed: dict[str, AdapterDescription] = {}
         self.arena_attached = False
+        self.compiling: list[CompileGrammar] = []  # by the worker
         if started:
             self.worker_ready()
             self.arena_ready()
@@ -121,6 +124,7 @@ class World:
         worker: int = 0,
         logprobs: bool = False,
         tenant: str = "",
+        grammar: str = "",
     ) -> int:
         """Returns the request's number."""
         request = Submit(
@@ -134,6 +138,7 @@ class World:
             ignore_eos=ignore_eos,
             logprobs=logprobs,
             tenant=tenant,
+            grammar=grammar,
         )
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = []
@@ -195,6 +200,12 @@ class World:
         self.settle()
         return self.listed
 
+    def compile(self, error: str = "") -> None:
+        """The worker has compiled the oldest grammar that it was asked for, or could not."""
+        asked = self.compiling.pop(0)
+        self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
+        self.settle()
+
     def arrive(self) -> None:
         """The oldest copy has arrived in the pool."""
         self.core.adapter_placed(self.worker.placed())
@@ -221,6 +232,8 @@ class World:
                 self.stage()
             elif self.loader.forgets:
                 self.forget()
+            elif self.compiling:
+                self.compile()
             elif self.worker.steps:
                 self.step()
             elif self.worker.placing:
@@ -251,6 +264,9 @@ class World:
                 case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
+                case CompileGrammar():
+                    assert process == "gpu_worker"
+                    self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
                     self._tell_frontend(message, index)
