@@ -202,8 +202,7 @@ class _Call:
         if character == '"':
             self._in_string, self._text = True, '"'
         elif character == "}":
-            self.is_done = True
-            self.is_broken = not self.name_is_given
+            return self._ends()
         elif character not in SPACE:
             self.is_broken = True
         return ""
@@ -250,12 +249,12 @@ class _Call:
             if not self.name_is_given:
                 self._waiting, given = given, ""
         self._key, self._text, self._complete = "", "", False
-        if character == "}":
-            self.is_done = True
-            self.is_broken = not self.name_is_given
-            if not self._has_arguments:
-                given += "{}"
-        return given
+        return given + self._ends() if character == "}" else given
+
+    def _ends(self) -> str:
+        self.is_done = True
+        self.is_broken = not self.name_is_given
+        return "" if self._has_arguments or self.is_broken else "{}"
 
     def _name(self, name: str, parts: list[ToolCallPart]) -> None:
         if self.name_is_given or not name or (self._names is not None and name not in self._names):

@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,9 @@ from pipeline.messages import (
     FailureKind,
     Finished,
     FinishReason,
+    Grammar,
+    GrammarChecked,
+    GrammarKind,
     Piece,
     Pieces,
     Prompt,
@@ -25,10 +29,14 @@ from pipeline.messages import (
     Submit,
     TokenDetail,
     Tokens,
+    ToolCallPart,
+    Tools,
     Usage,
 )
 from tokenizer_workers.core import Core
 from tokenizer_workers.encode import Encoded
+from tokenizer_workers.tool_calls import ToolCallParser
+from tokenizer_workers.tool_formats import FORMATS
 
 SPECIAL = 0
 SECOND_FRONTEND = 1 << REQUEST_BITS
@@ -332,3 +340,118 @@ def test_completion_tokens_run_up_to_the_one_that_completed_the_stop_string(coun
     worker.tokens(step("a" * (count - 1) + "#aaa"), now=11.0)
     _, (_, _, pieces) = sent(worker)
     assert pieces.ends[0].usage.completion_tokens == count
+
+
+def grammatical(prompt: Prompt) -> Encoded:
+    """The grammar is the name of a tool that may be called, or what the prompt says."""
+    encoded = encode(prompt)
+    if prompt.tools is not None:
+        parser = ToolCallParser(FORMATS["hermes"], names=["add"], parallel=prompt.tools.parallel)
+        return msgspec.structs.replace(encoded, parser=parser)
+    assert prompt.grammar is not None
+    return msgspec.structs.replace(encoded, grammar=prompt.grammar.text)
+
+
+def grammar_core(frontends: int = 1) -> Core:
+    return Core(
+        worker=0,
+        frontends=frontends,
+        encode=grammatical,
+        new_decoder=Letters,
+        new_token_decoder=Letters,
+        new_tool_decoder=Letters,
+        special_ids=frozenset({SPECIAL}),
+    )
+
+
+def constrained(request_id: int = 1, grammar: str = "g") -> Prompt:
+    return prompt(request_id, grammar=Grammar(GrammarKind.REGEX, grammar))
+
+
+def submits(worker: Core) -> list[tuple[int, str]]:
+    sent = [to.message for to in worker.take_outbox()]
+    return [(one.request_id, one.grammar) for one in sent if isinstance(one, Submit)]
+
+
+def test_a_prompt_waits_until_its_grammar_is_known_to_be_good() -> None:
+    worker = grammar_core()
+    worker.prompt(constrained(1), now=1)
+    worker.prompt(constrained(2), now=1)
+    assert worker.take_checks() == ["g"]
+    assert submits(worker) == []
+    assert worker.requests == 2
+    worker.grammar_checked(GrammarChecked("g"), now=2)
+    assert submits(worker) == [(1, "g"), (2, "g")]
+    worker.prompt(constrained(3), now=3)
+    assert submits(worker) == [(3, "g")]
+    assert worker.take_checks() == []
+
+
+def test_a_grammar_that_cannot_be_had_ends_its_own_requests() -> None:
+    worker = grammar_core()
+    worker.prompt(constrained(1, "bad"), now=11)
+    worker.prompt(constrained(2, "good"), now=11)
+    assert worker.take_checks() == ["bad", "good"]
+    worker.grammar_checked(GrammarChecked("bad", "no such thing"), now=12)
+    worker.grammar_checked(GrammarChecked("good"), now=12)
+    worker.prompt(constrained(3, "bad"), now=13)
+    (to_scheduler, pieces) = worker.take_outbox()
+    assert isinstance(to_scheduler.message, Submit)
+    assert to_scheduler.message.request_id == 2
+    assert isinstance(pieces.message, Pieces)
+    assert [end.request_id for end in pieces.message.ends] == [1, 3]
+    assert {end.failure for end in pieces.message.ends} == {
+        Failure(422, FailureKind.GRAMMAR, "no such thing")
+    }
+
+
+def test_a_prompt_that_is_cancelled_while_it_waits_is_not_submitted() -> None:
+    worker = grammar_core(frontends=2)
+    worker.prompt(constrained(1), now=1)
+    worker.prompt(constrained(SECOND_FRONTEND + 2), now=1)
+    worker.cancel(1)
+    worker.shutdown(1)
+    worker.grammar_checked(GrammarChecked("g"), now=2)
+    assert worker.take_outbox() == []
+    assert worker.requests == 0
+
+
+def tool_reply(text: str, **given: Any) -> list[Pieces]:
+    """What a reply to a chat with tools becomes, a letter at a time."""
+    worker = grammar_core()
+    worker.prompt(prompt(tools=Tools([{"name": "add"}], **given)), now=1)
+    worker.take_outbox()
+    messages = []
+    for letter in text:
+        worker.tokens(Tokens([1], [ord(letter)], []), now=2)
+        messages += [to.message for to in worker.take_outbox()]
+    if worker.requests:
+        end = Finished(1, FinishReason.EOS, USAGE)
+        worker.tokens(Tokens([], [], [], (end,)), now=3)
+        messages += [to.message for to in worker.take_outbox()]
+    return [message for message in messages if isinstance(message, Pieces)]
+
+
+def test_a_call_comes_as_parts_and_text_as_text() -> None:
+    messages = tool_reply('so <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
+    pieces = [piece for message in messages for piece in message.pieces]
+    assert "".join(piece.text for piece in pieces) == "so "
+    parts = [part for piece in pieces for part in piece.tool_calls]
+    assert parts[0] == ToolCallPart(0, name="add")
+    assert "".join(part.arguments for part in parts) == '{"a": 1}'
+    assert messages[-1].ends == (End(1, FinishReason.EOS, USAGE),)
+
+
+def test_what_is_held_back_comes_with_the_end() -> None:
+    messages = tool_reply("a <tool_call> b <tool")
+    text = "".join(piece.text for message in messages for piece in message.pieces)
+    assert text == "a <tool_call> b <tool"
+    assert not any(piece.tool_calls for message in messages for piece in message.pieces)
+
+
+def test_the_one_call_that_is_allowed_ends_the_reply() -> None:
+    call = '<tool_call>{"name": "add", "arguments": {}}'
+    messages = tool_reply(call + "</tool_call> and more", parallel=False)
+    (end,) = messages[-1].ends
+    assert end.reason is FinishReason.STOP
+    assert end.usage.completion_tokens == len(call)
