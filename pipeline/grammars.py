@@ -105,13 +105,13 @@ def compile_grammar(vocabulary: LLTokenizer, source: str) -> LLMatcher:
         matcher.compute_bitmask()  # some limits show only here
     if matcher.is_error():
         raise GrammarError(f"the grammar cannot be used: {_cleaned(matcher.get_error())}")
-    if matcher.is_stopped() and not matcher.is_accepting():
-        raise GrammarError("the grammar cannot be used: no text matches it")
     return matcher
 
 
 def _cleaned(error: str) -> str:
     """Without the library's state and options, which are for its users."""
+    if error.startswith("NoExtension"):
+        return "no text matches it"
     return error.partition("\n<")[0].partition(". Enable '")[0].strip()
 
 

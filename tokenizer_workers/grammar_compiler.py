@@ -99,7 +99,7 @@ def _sources() -> Iterator[str]:
         yield source
 
 
-def probe(matcher: LLMatcher, seed: int) -> None:
+def probe(matcher: LLMatcher, seed: int, step_seconds: float = STEP_SECONDS) -> None:
     """Follow a random reply for a while. Raises GrammarError if that is too slow."""
     draw = random.Random(seed)
     for _ in range(PROBED_TOKENS):
@@ -109,7 +109,7 @@ def probe(matcher: LLMatcher, seed: int) -> None:
             return
         token = _nth(mask, draw.randrange(mask.bit_count()))
         matcher.consume_token(token)
-        if time.process_time() - start > STEP_SECONDS:
+        if time.process_time() - start > step_seconds:
             raise GrammarError("the grammar is too complex: a token takes too long")
 
 

@@ -28,7 +28,7 @@ from tests.frontend.test_openai import chat_prompt, error_of_chat
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 ADD = {"type": "function", "function": {"name": "add", "parameters": PARAMETERS}}
 NOW = {"type": "function", "function": {"name": "now", "description": "the time", "strict": True}}
-PLAIN = [
+PLAIN: list[dict[str, Any]] = [
     {"name": "add", "parameters": PARAMETERS},
     {"name": "now", "description": "the time", "strict": True},
 ]
@@ -231,9 +231,10 @@ def test_openais_client_sends_back_what_it_has_parsed(
     talking: openai.OpenAI,
 ) -> None:
     served.backend.answer = calls_add
-    message = talking.chat.completions.parse(model="", messages=HI, tools=[SUM]).choices[0].message
+    reply = talking.chat.completions.parse(model="", messages=HI, tools=[SUM])
+    message: Any = reply.choices[0].message
     assert message.tool_calls
-    told = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "7"}
+    told: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "7"}
     talking.chat.completions.create(model="", messages=[*HI, message, told], tools=[SUM])
     chat = served.backend.prompts()[-1].chat
     assert chat is not None

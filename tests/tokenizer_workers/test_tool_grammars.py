@@ -130,11 +130,10 @@ def test_what_is_no_call_matches_the_response_format(tokenizer: Tokenizer, form:
 def test_without_need_there_is_no_grammar() -> None:
     form = FORMATS["hermes"]
     content = Grammar(GrammarKind.REGEX, "a")
-    ids = {}.get
-    assert tool_grammar(form, Tools([ADD]), content=None, token_id=ids) is None
+    assert tool_grammar(form, Tools([ADD]), content=None, token_id=lambda _: None) is None
     chosen = Tools([STRICT], ToolChoice.NONE)
-    assert tool_grammar(form, chosen, content=None, token_id=ids) is None
-    assert tool_grammar(form, chosen, content=content, token_id=ids) is content
+    assert tool_grammar(form, chosen, content=None, token_id=lambda _: None) is None
+    assert tool_grammar(form, chosen, content=content, token_id=lambda _: None) is content
 
 
 def test_a_schema_that_cannot_be_enforced_is_named(tokenizer: Tokenizer) -> None:

@@ -34,7 +34,7 @@ def rendered(source: str, chat: list[dict[str, Any]], tools: Tools | None, form:
         FORMATS[form],
         template_shows_tools=template.shows_tools,
         template_takes_system=template.takes_system,
-        token_id={}.get,
+        token_id=lambda _: None,
     )
     return template.render(*use.chat(chat, tools))
 
