@@ -52,7 +52,9 @@ def accepts(
     tokenizer: Tokenizer, form: str, tools: Tools, text: str, content: Grammar | None = None
 ) -> bool:
     """Whether the grammar allows this reply, to its end."""
-    vocabulary = LLTokenizer(tokenizer.to_str(), eos_token=[tokenizer.token_to_id(END)])
+    eos = tokenizer.token_to_id(END)
+    assert eos is not None
+    vocabulary = LLTokenizer(tokenizer.to_str(), eos_token=[eos])
     grammar = tool_grammar(FORMATS[form], tools, content=content, token_id=tokenizer.token_to_id)
     assert grammar is not None
     matcher = compile_grammar(vocabulary, source_of(grammar))
