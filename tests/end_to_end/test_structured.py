@@ -27,7 +27,10 @@ SCHEMA = {
     "required": ["name", "ok", "n"],
     "additionalProperties": False,
 }
-FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+FORMAT: Any = {
+    "type": "json_schema",
+    "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+}
 HI: Any = [{"role": "user", "content": "Hi"}]
 
 

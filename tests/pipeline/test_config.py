@@ -118,6 +118,7 @@ def other_value(name: str) -> Any:
         "attention": "sdpa",
         "lora_kernels": "reference",
         "log_level": "debug",
+        "tool_format": "llama",
         "adapter_root": ("a", "/b c"),
         "kv_block_tokens": 32,
         "gpu_memory_fraction": 0.5,
