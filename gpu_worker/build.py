@@ -3,11 +3,12 @@
 import importlib.util
 import logging
 import os
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from llguidance import LLTokenizer
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -73,6 +74,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
     dtype = choose_dtype(settings.dtype, config.dtype)
     set_threads(settings.gpu_threads)
     attention = _attention(settings, device, dtype)
+    vocabulary = _load_vocabulary(folder, config)
     with torch.inference_mode(), _checkpoint(settings, folder, config, dtype, device) as weights:
         decoder = Decoder(config, weights)
     parts = _allocate(settings, config, device, dtype, attention, decoder)
@@ -88,7 +90,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         rows=rows,
         history=parts.history,
         figures=figures,
-        grammars=_grammars(parts, folder),
+        grammars=_grammars(parts, vocabulary),
         device=device,
         index=index,
     )
@@ -244,15 +246,24 @@ def make_sdpa(parts: Parts) -> AttentionBackend:
     )
 
 
-def _grammars(parts: Parts, folder: Path) -> Grammars:
+def _load_vocabulary(folder: Path, config: ModelConfig) -> "Future[LLTokenizer]":
+    """Beside the weights: it takes a second in which no other Python runs."""
+    pool = ThreadPoolExecutor(1)
+    vocabulary = pool.submit(
+        load_vocabulary, folder, eos_token_ids=config.eos_token_ids, size=config.vocabulary
+    )
+    pool.shutdown(wait=False)
+    return vocabulary
+
+
+def _grammars(parts: Parts, vocabulary: "Future[LLTokenizer]") -> Grammars:
     """On a GPU there are cores to spare; on a CPU they are busy with the step."""
-    eos, size = parts.config.eos_token_ids, parts.config.vocabulary
     cores = len(os.sched_getaffinity(0))
     return Grammars(
-        load_vocabulary=partial(load_vocabulary, folder, eos_token_ids=eos, size=size),
+        load_vocabulary=vocabulary.result,
         rows=parts.settings.rows,
-        vocabulary=size,
-        eos_token_ids=eos,
+        vocabulary=parts.config.vocabulary,
+        eos_token_ids=parts.config.eos_token_ids,
         threads=max(1, min(8, cores // 2)) if parts.device.type == "cuda" else 1,
     )
 

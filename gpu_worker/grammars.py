@@ -6,6 +6,8 @@ lets the matchers read them, and fills the masks, so that they are ready when sa
 The thread that steps leaves jobs for both and waits for neither.
 """
 
+import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +31,7 @@ MASKS_IN_USE = 3  # of steps: one on the device, one launched, one that is fille
 MAX_SPARE = 16  # matchers of a grammar that are kept for rows to come, with what they have learnt
 
 Job = Callable[[], None]
+log = logging.getLogger(__name__)
 
 
 class Sampled(Protocol):
@@ -90,7 +93,7 @@ class _Row:
 class Grammars:
     """Owns both threads, and with them compiled grammars, matchers and masks.
 
-    load_vocabulary  called once, in a thread, when the first grammar comes; raises GrammarError
+    load_vocabulary  called in a thread when a grammar comes; raises GrammarError
     rows             of the row table
     vocabulary       tokens of the model
     threads          that fill masks
@@ -253,5 +256,10 @@ class Grammars:
 
 
 def _work(jobs: "SimpleQueue[Job | None]") -> None:
-    while (job := jobs.get()) is not None:
-        job()
+    """Without this thread steps would wait for ever, so its errors are the process's."""
+    try:
+        while (job := jobs.get()) is not None:
+            job()
+    except BaseException:
+        log.exception("event=grammar_thread_died")
+        os._exit(1)

@@ -54,11 +54,12 @@ def load_vocabulary(folder: Path, *, eos_token_ids: tuple[int, ...], size: int) 
     """
     if not eos_token_ids:
         raise GrammarError("the model has no token that ends a reply, so no grammar can end one")
-    source = _tokenizer_file(folder, eos_token_ids)
     try:
-        own = LLTokenizer(source, eos_token=list(eos_token_ids), slices=[]).vocab_size
-        return LLTokenizer(source, eos_token=list(eos_token_ids), n_vocab=max(own, size))
-    except ValueError as error:
+        tokenizer = _tokenizer_file(folder, eos_token_ids)
+        source = msgspec.json.encode(tokenizer).decode()
+        size = max(size, _tokens(tokenizer))
+        return LLTokenizer(source, eos_token=list(eos_token_ids), n_vocab=size)
+    except (ValueError, LookupError, TypeError, OSError) as error:
         raise GrammarError(f"the model's tokenizer cannot be used with grammars: {error}") from None
 
 
@@ -115,12 +116,7 @@ def _cleaned(error: str) -> str:
     return error.partition("\n<")[0].partition(". Enable '")[0].strip()
 
 
-class _AddedToken(msgspec.Struct):
-    id: int
-    content: str
-
-
-def _tokenizer_file(folder: Path, eos_token_ids: tuple[int, ...]) -> str:
+def _tokenizer_file(folder: Path, eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
     """tokenizer.json, with what is special in any way marked as such, so that it is no text."""
     tokenizer = msgspec.json.decode((folder / "tokenizer.json").read_bytes(), type=dict[str, Any])
     special = set(eos_token_ids)
@@ -134,7 +130,15 @@ def _tokenizer_file(folder: Path, eos_token_ids: tuple[int, ...]) -> str:
         if token["id"] in special or token["content"] in names:
             token["special"] = True
     tokenizer["truncation"] = tokenizer["padding"] = None
-    return msgspec.json.encode(tokenizer).decode()
+    return tokenizer
+
+
+def _tokens(tokenizer: dict[str, Any]) -> int:
+    """How many there are, up to the greatest id."""
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [int(token["id"]) for token in tokenizer.get("added_tokens", ())]
+    return 1 + max([*map(int, ids), *added])
 
 
 def _check_multiples(text: str) -> None:

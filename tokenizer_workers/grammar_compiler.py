@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from select import select
 from typing import IO
@@ -26,6 +27,7 @@ from pipeline.model_config import ModelConfig
 MEMORY_BYTES = 4 << 30  # of addresses; the vocabulary takes a quarter of a GiB of memory
 STEP_SECONDS = 0.5  # of a processor, for one token; it is 0.01 where the library's limits hold
 PROBED_TOKENS = 48
+UNABLE = "grammars cannot be compiled here"
 LENGTH = struct.Struct("<I")
 PR_SET_PDEATHSIG = 1
 
@@ -45,31 +47,48 @@ class Compiler:
     def error_of(self, source: str) -> str:
         """Why a grammar cannot be had; empty if it can. Waits for the answer, or for the time to
         be over."""
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tokenizer_workers.grammar_compiler", *self._arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )
-            if (unable := self._answer(None)) is not None and unable:
-                self.close()
+        for _ in range(2):  # it may have died since the last time
+            if self._process is None and (unable := self._start()):
                 return unable
-        if self._process.stdin is not None:
-            _write(self._process.stdin, source)
-        error = self._answer(self._seconds)
-        if error is None:
+            try:
+                error = self._ask(source)
+            except BrokenPipeError:
+                self.close()
+                continue
+            if error is None:
+                self.close()
+                return f"the grammar is too complex: it took more than {self._seconds:g} s or 4 GiB"
+            return error
+        return UNABLE
+
+    def _start(self) -> str:
+        """Returns why it cannot work."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tokenizer_workers.grammar_compiler", *self._arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        unable = self._answer(None)
+        if unable is None or unable:
             self.close()
-            return f"the grammar is too complex: it was not compiled in {self._seconds:g} s"
-        return error
+        return UNABLE if unable is None else unable
+
+    def _ask(self, source: str) -> str | None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        _write(self._process.stdin, source)
+        return self._answer(self._seconds)
 
     def close(self) -> None:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
             process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
 
     def _answer(self, seconds: float | None) -> str | None:
         assert self._process is not None
