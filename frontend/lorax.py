@@ -21,8 +21,9 @@ from frontend.parameters import (
     random_seed,
     stop_strings,
 )
+from frontend.structured import ResponseFormat
 from pipeline.errors import RequestError
-from pipeline.messages import FailureKind, Logprobs, Prompt, Sampling
+from pipeline.messages import FailureKind, Grammar, Logprobs, Prompt, Sampling
 
 Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
@@ -34,7 +35,6 @@ NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "decoder_input_details": (False,),
     "return_k_alternatives": (),
     "apply_chat_template": (False,),
-    "response_format": (),
 }
 
 
@@ -63,13 +63,14 @@ class Parameters(msgspec.Struct, kw_only=True):
     # not LoRAX's
     min_p: float | None = None
     ignore_eos: bool | None = None
+    grammar: ResponseFormat | None = None  # TGI's name for response_format
+    response_format: ResponseFormat | None = None
     # see NOT_IMPLEMENTED
     truncate: Any = None
     watermark: Any = None
     decoder_input_details: Any = None
     return_k_alternatives: Any = None
     apply_chat_template: Any = None
-    response_format: Any = None
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -171,6 +172,7 @@ class Lorax:
             token_details=streamed or bool(parameters.details),
             logprobs=Logprobs() if streamed or parameters.details else None,
             tenant=tenant_of(parameters.api_token, authorization),
+            grammar=_grammar(parameters),
         )
         asked = Asked(
             inputs=request.inputs,
@@ -200,6 +202,16 @@ class Lorax:
                 "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
             )
         return merged(parameters.merged_adapters, find)
+
+
+def _grammar(parameters: Parameters) -> Grammar | None:
+    if parameters.response_format is not None and parameters.grammar is not None:
+        raise ParameterError("grammar", "`grammar` and `response_format` are the same; give one")
+    if parameters.grammar is not None:
+        return parameters.grammar.grammar("grammar")
+    if parameters.response_format is not None:
+        return parameters.response_format.grammar("response_format")
+    return None
 
 
 def _check_implemented(parameters: Parameters, *, streamed: bool) -> None:

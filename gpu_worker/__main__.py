@@ -18,6 +18,7 @@ from pipeline.config import Settings
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
+    CompileGrammar,
     PlaceAdapter,
     ProcessReady,
     Shutdown,
@@ -32,6 +33,7 @@ from pipeline.process import run
 
 NAME = "gpu_worker"
 POLL_SECONDS = 20e-6  # between two looks at a device that is busy
+COMPILING_MS = 1  # between two looks at whether a grammar is compiled
 COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies between steps
 
 
@@ -71,12 +73,17 @@ class Process:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
             wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
+            if self._worker.grammars.is_compiling:
+                wait_ms = min(wait_ms, COMPILING_MS)
             messages = self._inbox.receive(wait_ms)
+            sampled = self._worker.sample_launched()
             went_on = not messages and self._worker.advance(0)
             for message in messages:
                 match message:
                     case Step():
                         self._step(message)
+                    case CompileGrammar():
+                        self._worker.grammars.compile(message)
                     case PlaceAdapter():
                         self._worker.place(message)
                     case AttachArena():
@@ -86,7 +93,8 @@ class Process:
                     case _:
                         assert_never(message)
             placed, done = self._send_placed(), self._send_done()
-            if not (placed or done or messages or went_on) and self._is_busy:
+            self._send_compiled()
+            if not (placed or done or messages or went_on or sampled) and self._is_busy:
                 time.sleep(POLL_SECONDS)
 
     def _step(self, message: Step) -> None:
@@ -109,6 +117,10 @@ class Process:
         for slot in slots:
             self._outbox.send("scheduler", AdapterPlaced(slot, index=self._index))
         return bool(slots)
+
+    def _send_compiled(self) -> None:
+        for answer in self._worker.grammars.compiled():
+            self._outbox.send("scheduler", answer)
 
     def _send_done(self) -> bool:
         """The steps that have ended, in order. Returns whether there was one."""

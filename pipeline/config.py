@@ -218,6 +218,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_choices: Annotated[
         int, Meta(ge=1, description="replies to one request, to all of its prompts together")
     ] = 128
+    grammar_compile_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time to compile a grammar, after which it is refused, seconds"),
+    ] = 5.0
+    tool_format: Annotated[
+        Literal["auto", "hermes", "llama", "mistral"],
+        Meta(description="how the model writes calls of tools; auto: as its chat template says"),
+    ] = "auto"
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
     allow_chat_template: Annotated[
         bool, Meta(description="let requests bring a chat template of their own")

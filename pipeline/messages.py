@@ -11,6 +11,7 @@ import msgspec
 
 MERGED = "merged"  # the source of adapters that are merged from others
 SECRET = frozenset({"adapter_token"})  # fields of messages
+NOT_FINITE, GRAMMAR_GAVE_UP = -1, -2  # in place of a token: logits, or a matcher's limits
 REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
 MAX_TOP_LOGPROBS = 20
 
@@ -44,6 +45,7 @@ class FailureKind(StrEnum):
 
     VALIDATION = "validation"
     TEMPLATE = "template"
+    GRAMMAR = "grammar"
     ADAPTER_NOT_FOUND = "adapter_not_found"
     ADAPTER_FORBIDDEN = "adapter_forbidden"
     ADAPTER_INVALID = "adapter_invalid"
@@ -172,6 +174,53 @@ class Logprobs(Value, frozen=True):
     prompt_top: int | None = None  # the same for the prompt's tokens; None: nothing of these
 
 
+class GrammarKind(StrEnum):
+    """What a grammar's text is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # of the whole reply
+    CHOICE = "choice"  # a JSON list of the texts that may be said
+    LARK = "grammar"  # Lark, or GBNF
+
+
+class Grammar(Value, frozen=True):
+    """What a reply has to match, as the client said it."""
+
+    kind: GrammarKind
+    text: str
+
+
+class ToolChoice(StrEnum):
+    """Whether a reply calls tools."""
+
+    NONE = "none"  # they are shown to the model; what it says is text
+    AUTO = "auto"  # the model decides
+    REQUIRED = "required"  # at least one call, and nothing but calls
+
+
+class Tools(Value, frozen=True):
+    """The tools that a chat may call.
+
+    functions  OpenAI's: name, and perhaps description, parameters (a JSON schema) and strict
+    only       the one that has to be called, if the client named one; choice is REQUIRED then
+    prompt     what to tell a model whose template knows no tools; empty: a text of our own
+    """
+
+    functions: list[dict[str, Any]]
+    choice: ToolChoice = ToolChoice.AUTO
+    only: str = ""
+    parallel: bool = True  # several calls in one reply
+    prompt: str = ""
+
+
+class ToolCallPart(Value, frozen=True):
+    """What a reply has said of a tool call since the last part. The name comes first, alone."""
+
+    index: int  # of the call in its reply
+    name: str = ""
+    arguments: str = ""  # a run of the arguments' JSON
+
+
 class Alternative(Value, frozen=True):
     """A token that might have stood where another does. Its text is its own, see TokenDetail."""
 
@@ -248,6 +297,8 @@ class Prompt(Message, frozen=True):
     stop_token_ids: tuple[int, ...] = ()  # each is an end as EOS is, whatever ignore_eos says
     trace: str = ""  # see Span.trace; empty where nothing is traced
     chat_options: ChatOptions = ChatOptions()  # of a chat
+    grammar: Grammar | None = None
+    tools: Tools | None = None  # of a chat
 
 
 class Rendered(Message, frozen=True):
@@ -265,6 +316,13 @@ class Cancel(Message, frozen=True):
     """
 
     request_id: int
+
+
+class GrammarChecked(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that compiles: may this grammar be used?"""
+
+    source: str
+    error: str = ""  # a sentence for the client; empty if it may
 
 
 class Shutdown(Message, frozen=True):
@@ -303,6 +361,7 @@ class Submit(Message, frozen=True):
     choices: int = 1  # requests: this one and those whose ids follow; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
     trace: str = ""  # as of the prompt
+    grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -442,6 +501,17 @@ class PlaceAdapter(Message, frozen=True):
     moves: tuple[AdapterMove, ...] = ()
 
 
+class CompileGrammar(Message, frozen=True):
+    """scheduler -> gpu_worker: rows will name this grammar. Answered by one GrammarCompiled.
+
+    No row uses those in `forget`, or will.
+    """
+
+    grammar_id: int  # at least 1
+    source: str
+    forget: tuple[int, ...] = ()
+
+
 class NewRow(Value, frozen=True):
     """A sequence takes a row of the worker's table; the row was free or is freed in this step.
 
@@ -459,6 +529,7 @@ class NewRow(Value, frozen=True):
     logprobs: Logprobs | None
     end_token_ids: tuple[int, ...] = ()  # not to be sampled before sampling.min_tokens
     trace: str = ""  # as of the prompt
+    grammar_id: int = 0  # of a grammar that is compiled; 0: any token may follow
 
 
 class Step(Message, frozen=True):
@@ -502,13 +573,21 @@ class WorkerReady(Message, frozen=True):
 class StepDone(Message, frozen=True):
     """gpu_worker -> scheduler: the tokens of a step, in the order that `Step` defines.
 
-    A token of -1 means that its logits were not finite: the sequence cannot go on.
+    A token below 0 means that the sequence cannot go on, see NOT_FINITE and GRAMMAR_GAVE_UP.
     """
 
     step_id: int
     token_ids: bytes
     logprobs: bytes = b""  # rows of pipeline.logprobs: of sampled tokens that want them, in order,
     # then of the scored tokens of each chunk, in order
+    index: int = 0
+
+
+class GrammarCompiled(Message, frozen=True):
+    """gpu_worker -> scheduler: rows may name it, or why they cannot."""
+
+    grammar_id: int
+    error: str = ""
     index: int = 0
 
 
@@ -624,6 +703,7 @@ class Piece(Value, frozen=True):
     request_id: int
     text: str
     tokens: tuple[TokenDetail, ...] = ()
+    tool_calls: tuple[ToolCallPart, ...] = ()  # after the text
 
 
 class End(Value, frozen=True):
@@ -694,7 +774,7 @@ class Spans(Message, frozen=True):
 ToFrontend = (
     Pieces | PromptDetails | ProcessReady | Stats | Spans | Aliases | AdminDone | AdapterList
 )
-ToTokenizerWorker = Prompt | Rendered | Cancel | Tokens | PromptLogprobs | Shutdown
+ToTokenizerWorker = Prompt | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
 ToScheduler = (
     Prefetch
     | Submit
@@ -702,6 +782,7 @@ ToScheduler = (
     | WorkerReady
     | StepDone
     | AdapterPlaced
+    | GrammarCompiled
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
@@ -711,5 +792,5 @@ ToScheduler = (
     | ListAdapters
     | Shutdown
 )
-ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | Shutdown
 ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown

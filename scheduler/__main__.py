@@ -16,6 +16,7 @@ from pipeline.messages import (
     AliasesTaken,
     ArenaReady,
     Cancel,
+    GrammarCompiled,
     ListAdapters,
     Prefetch,
     ProcessReady,
@@ -95,6 +96,8 @@ class Loop:
                 self._core.step_done(message, now)
             case AdapterPlaced():
                 self._core.adapter_placed(message)
+            case GrammarCompiled():
+                self._core.grammar_compiled(message, now)
             case Submit():
                 self._core.submit(message, now)
             case Cancel():

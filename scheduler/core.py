@@ -32,6 +32,7 @@ from pipeline.messages import (
     Failure,
     Finished,
     FinishReason,
+    GrammarCompiled,
     ListAdapters,
     Message,
     PlaceAdapter,
@@ -51,6 +52,7 @@ from scheduler.batch import Batch
 from scheduler.catalogue import Catalogue
 from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
+from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
 from scheduler.policy import Policy
 from scheduler.reply import Reply
@@ -101,6 +103,7 @@ class Scheduler:
             load_seconds=settings.adapter_load_seconds,
             pinned_fraction=settings.pinned_pool_fraction,
         )
+        self._grammars = Grammars(lambda message: self._outbox.append(("gpu_worker", 0, message)))
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
         self._arena: ArenaReady | None = None
@@ -130,6 +133,7 @@ class Scheduler:
         self._adapters.worker_ready(
             pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
         )
+        self._grammars.worker_ready()
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
@@ -145,6 +149,9 @@ class Scheduler:
     def submit(self, message: Submit, now: float) -> None:
         sequence = self._take(message, now)
         self._wait_to_start(sequence)
+        may_start = self._grammars.join(sequence)
+        for follower in sequence.followers:
+            self._grammars.share(follower)
         if self._worker is not None and not self._check_fits(sequence, now):
             return
         limit = self._settings.max_tenant_waiting
@@ -157,9 +164,8 @@ class Scheduler:
         deadline = sequence.arrived + self._settings.max_wait_seconds
         for one in (sequence, *sequence.followers):
             heapq.heappush(self._start_deadlines, (deadline, one.order, one))
-        self._adapters.join(sequence, now)
-        if not self._settings.prefix_cache:
-            self._release(sequence, now)
+        if may_start:
+            self._join(sequence, now)
 
     def cancel(self, message: Cancel, now: float) -> None:
         sequence = self._sequence_of.get(message.request_id)
@@ -199,6 +205,15 @@ class Scheduler:
     def adapter_placed(self, message: AdapterPlaced) -> None:
         """The oldest placement is done."""
         self._adapters.placed(message.slot)
+
+    def grammar_compiled(self, message: GrammarCompiled, now: float) -> None:
+        """Those that waited for it go on to their adapters."""
+        if message.error:
+            for sequence in self._grammars.failed(message.grammar_id):
+                self._fail(sequence, failures.no_grammar(message.error), now)
+            return
+        for sequence in self._grammars.compiled(message.grammar_id):
+            self._join(sequence, now)
 
     def step_done(self, message: StepDone, now: float) -> None:
         """The oldest step in flight has its tokens."""
@@ -396,7 +411,7 @@ class Scheduler:
                 dropped += 1
                 continue
             if token < 0:
-                self._fail(sequence, failures.not_finite(sequence.adapter), now)
+                self._fail(sequence, failures.no_token(token, sequence.adapter), now)
                 continue
             known = sequence.token_ids
             known.append(token)
@@ -516,6 +531,12 @@ class Scheduler:
         _follow(leader, followers)
         return leader
 
+    def _join(self, leader: Sequence, now: float) -> None:
+        """It may start once its adapter is there."""
+        self._adapters.join(leader, now)
+        if not self._settings.prefix_cache:
+            self._release(leader, now)
+
     def _release(self, leader: Sequence, now: float) -> None:
         """What they wait for is in the cache, or is not going to be."""
         followers, leader.followers = leader.followers, []
@@ -529,7 +550,8 @@ class Scheduler:
         leader.leader = None
         _follow(leader, others)
         self._wait_to_start(leader)
-        self._adapters.join(leader, now)
+        if self._grammars.wait(leader):
+            self._join(leader, now)
 
     # --- ends ---
 
@@ -561,6 +583,7 @@ class Scheduler:
         """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
         sequence.ended = True
         del self._sequence_of[sequence.request_id]
+        waited_for_grammar = self._grammars.leave(sequence)
         if sequence.started is None:
             self._waits_no_more(sequence)
         else:
@@ -575,7 +598,7 @@ class Scheduler:
             self._resting.remove(sequence)
         elif sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
-        else:
+        elif not waited_for_grammar:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
         self._policy.end(sequence)

@@ -1,6 +1,6 @@
 """Why the scheduler ends a request before its time, in the client's words."""
 
-from pipeline.messages import AdapterKey, Failure, FailureKind
+from pipeline.messages import GRAMMAR_GAVE_UP, AdapterKey, Failure, FailureKind
 
 
 def too_many_blocks(needed: int, total: int) -> Failure:
@@ -50,7 +50,14 @@ def adapter_changed(adapter: AdapterKey) -> Failure:
     )
 
 
-def not_finite(adapter: AdapterKey | None) -> Failure:
+def no_token(instead: int, adapter: AdapterKey | None) -> Failure:
+    """What a step gave instead of a token."""
+    if instead == GRAMMAR_GAVE_UP:
+        return Failure(
+            422,
+            FailureKind.GRAMMAR,
+            "the grammar is too complex: what may follow was not found within its limits",
+        )
     if adapter is None:
         return Failure(500, FailureKind.INTERNAL, "the model gave logits that are not finite")
     return Failure(
@@ -58,6 +65,10 @@ def not_finite(adapter: AdapterKey | None) -> Failure:
         FailureKind.ADAPTER_INVALID,
         f"the model with adapter {adapter.id} gave logits that are not finite",
     )
+
+
+def no_grammar(error: str) -> Failure:
+    return Failure(422, FailureKind.GRAMMAR, error)
 
 
 def name_is_taken(name: str) -> Failure:

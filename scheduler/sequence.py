@@ -35,6 +35,8 @@ class Sequence:
         "fed",
         "first_token",
         "followers",
+        "grammar",
+        "grammar_id",
         "interrupted",
         "last_fed",
         "leader",
@@ -77,6 +79,8 @@ class Sequence:
         self.sampling = _sampling(submit, choice)
         self.logprobs = _logprobs(submit, choice)
         self.trace = submit.trace
+        self.grammar = submit.grammar
+        self.grammar_id = 0  # of scheduler.grammars; 0 is none
         self.order = order  # of submission among all requests
         self.eos = (frozenset[int]() if submit.ignore_eos else eos).union(submit.stop_token_ids)
 

@@ -13,7 +13,6 @@ PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapte
 
 # package -> the third-party names that it may import
 ALLOWED = {
-    "pipeline": {"msgspec", "zmq", "prometheus_client", "tqdm"},
     "frontend": {
         "msgspec",
         "opentelemetry",  # of the extra
@@ -22,10 +21,12 @@ ALLOWED = {
         "uvicorn",
         "uvloop",
     },
-    "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
+    "pipeline": {"llguidance", "msgspec", "zmq", "prometheus_client", "tqdm"},
+    "tokenizer_workers": {"jinja2", "llguidance", "msgspec", "prometheus_client", "tokenizers"},
     "scheduler": {"msgspec", "prometheus_client"},
     "gpu_worker": {
         "flash_attn",
+        "llguidance",
         "msgspec",
         "numpy",
         "prometheus_client",
@@ -52,6 +53,7 @@ PURE = (
     "scheduler/catalogue.py",
     "scheduler/core.py",
     "scheduler/sequence.py",
+    "scheduler/grammars.py",
     "scheduler/kv_blocks.py",
     "scheduler/adapter.py",
     "scheduler/adapter_pool.py",
@@ -60,11 +62,15 @@ PURE = (
     "scheduler/loads.py",
     "scheduler/step_cost.py",
     "scheduler/timings.py",
+    "tokenizer_workers/checked_grammars.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
     "tokenizer_workers/renderings.py",
     "tokenizer_workers/stop_strings.py",
     "tokenizer_workers/token_table.py",
+    "tokenizer_workers/tool_calls.py",
+    "tokenizer_workers/tool_formats.py",
+    "tokenizer_workers/tool_messages.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
     "adapter_loader/recent_failures.py",

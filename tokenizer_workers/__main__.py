@@ -9,6 +9,7 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
     Cancel,
+    GrammarChecked,
     ProcessReady,
     Prompt,
     PromptLogprobs,
@@ -23,6 +24,7 @@ from pipeline.messages import (
 from pipeline.metrics import REGISTRY, snapshot
 from pipeline.process import run
 from tokenizer_workers.core import PROCESS, Core
+from tokenizer_workers.grammar_checks import GrammarChecks
 from tokenizer_workers.loading import TextModel, load
 from tokenizer_workers.strange_templates import StrangeTemplates
 
@@ -64,10 +66,12 @@ class Worker:
             new_decoder=model.new_decoder,
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
+            new_tool_decoder=model.new_tool_decoder,
         )
         self._templates = StrangeTemplates(
             settings, PROCESS, index, model.template_limits, self.core.renders
         )
+        self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
         for frontend in self.core.frontends:
@@ -86,6 +90,7 @@ class Worker:
 
     def close(self) -> None:
         self._templates.close()
+        self._checks.close()
         self._outbox.close()
         self._inbox.close()
 
@@ -106,6 +111,8 @@ class Worker:
                 prompt = self.core.rendered(message, time.monotonic())
                 if prompt is not None:
                     self._trace(prompt, prompt.arrived)
+            case GrammarChecked():
+                self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():
@@ -122,6 +129,8 @@ class Worker:
     def _send(self) -> None:
         for prompt in self.core.take_renderings():
             self._templates.render(prompt)
+        for source in self.core.take_checks():
+            self._checks.check(source)
         for to in self.core.take_outbox():
             self._outbox.send(to.process, to.message, to.index)
 

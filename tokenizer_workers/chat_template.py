@@ -89,6 +89,8 @@ class ChatTemplate:
         self._wants_parts = not self._shows("probe") and self._shows(
             [{"type": "text", "text": "probe"}]
         )
+        self.shows_tools = self._shows_tools()
+        self.takes_system = self._takes_system()
 
     def render(
         self,
@@ -96,7 +98,10 @@ class ChatTemplate:
         tools: Sequence[dict[str, Any]] | None = None,
         options: ChatOptions = NO_OPTIONS,
     ) -> str:
-        """The prompt. Raises RequestError for messages that the template does not take."""
+        """The prompt. Raises RequestError for messages that the template does not take.
+
+        tools   for a template that shows them
+        """
         if not messages:
             raise RequestError(400, FailureKind.VALIDATION, "`messages` cannot be empty")
         normal = [self._normal(message) for message in messages]
@@ -160,6 +165,27 @@ class ChatTemplate:
         """Whether a user's message with this content leaves a trace of it in the prompt."""
         try:
             return "probe" in self._render([{"role": "user", "content": content}])
+        except RequestError:
+            return False
+
+    def _shows_tools(self) -> bool:
+        """Whether a tool leaves a trace of its name in the prompt."""
+        parameters = {"type": "object", "properties": {}}
+        function = {"name": "probe", "description": "", "parameters": parameters}
+        message = self._normal({"role": "user", "content": "hello"})
+        try:
+            return "probe" in self._render([message], [{"type": "function", "function": function}])
+        except RequestError:
+            return False
+
+    def _takes_system(self) -> bool:
+        """Whether a system message leaves a trace in the prompt."""
+        messages = [
+            {"role": "system", "content": "probe"},
+            {"role": "user", "content": "hello"},
+        ]
+        try:
+            return "probe" in self._render([self._normal(message) for message in messages])
         except RequestError:
             return False
 

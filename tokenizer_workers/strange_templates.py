@@ -20,6 +20,7 @@ from pipeline.channels import Outbox
 from pipeline.config import Settings
 from pipeline.messages import Failure, FailureKind, Prompt, Rendered
 from tokenizer_workers.render import Job, Result, TemplateLimits, receive, send
+from tokenizer_workers.tool_messages import tool_objects, with_argument_objects
 
 ROOT = Path(__file__).parent.parent  # where this package lies
 START_SECONDS = 60.0  # for the process to be ready
@@ -71,7 +72,9 @@ class StrangeTemplates:
         while (prompt := self._prompts.get()) is not None and not self._closing:
             if not self._still_waits(prompt.request_id):
                 continue
-            result = self._renderer.render(Job(prompt.chat or [], prompt.chat_options))
+            tools = tool_objects(prompt.tools) if prompt.tools and prompt.tools.functions else None
+            messages = with_argument_objects(prompt.chat or [])
+            result = self._renderer.render(Job(messages, prompt.chat_options, tools))
             message = Rendered(prompt.request_id, result.text, result.failure)
             outbox.send(self._process, message, self._index)
         self._renderer.close()

@@ -49,6 +49,7 @@ def ignored(why: str, example: Any) -> Field:
 
 
 MERGE = {"ids": ["org/a", "org/b"], "weights": [1, 1]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 ONE_ANSWER = "is for models that think first, which none of ours does"
 
 BOTH = {
@@ -75,6 +76,14 @@ BOTH = {
     "stop_token_ids": honoured("vLLM's: each ends it as EOS does", [5]),
     "adapter_source": honoured("LoRAX's", "s3", model="bucket/a"),
     "merged_adapters": honoured("LoRAX's", MERGE),
+    "response_format": honoured("by a grammar", {"type": "json_object"}),
+    "structured_outputs": honoured("vLLM's", {"regex": "a+"}),
+    "guided_json": honoured("vLLM's older name", {"type": "object"}),
+    "guided_regex": honoured("vLLM's older name", "a+"),
+    "guided_choice": honoured("vLLM's older name", ["a", "b"]),
+    "guided_grammar": honoured("vLLM's older name", 'start: "a"'),
+    "guided_whitespace_pattern": refused("the grammar decides where white space is", "a"),
+    "guided_decoding_backend": ignored("there is one", "xgrammar"),
     "api_token": honoured("LoRAX's: shown to the adapter's source", "t", model="o/a"),
     "user": ignored("names an end user, for abuse reports", "me"),
     "metadata": ignored("labels of a stored reply; nothing is stored", {"a": "b"}),
@@ -96,12 +105,12 @@ CHAT = BOTH | {
     "add_special_tokens": honoured("vLLM's: besides those of the template", True),
     "logprobs": honoured("of the content's tokens", True),
     "top_logprobs": honoured("up to 20", 2, logprobs=True),
-    "tools": refused("not there yet", [{"type": "function", "function": {"name": "f"}}]),
-    "tool_choice": refused("not there yet", "required"),
-    "parallel_tool_calls": ignored("there are no tools to call", True),
+    "tools": honoured("shown to the model, whose calls are read", TOOLS),
+    "tool_choice": honoured("required and a named one by a grammar", "required", tools=TOOLS),
+    "parallel_tool_calls": honoured("false: one call at most", False, tools=TOOLS),
+    "tool_prompt": honoured("LoRAX's: how templates without tools say them", "T", tools=TOOLS),
     "functions": refused("the old name of tools, which OpenAI has given up", [{"name": "f"}]),
     "function_call": refused("the old name of tool_choice", {"name": "f"}),
-    "response_format": refused("not there yet", {"type": "json_object"}),
     "modalities": refused("text is all that there is", ["audio"]),
     "audio": refused("text is all that there is", {"voice": "x"}),
     "reasoning_effort": refused(ONE_ANSWER, "low"),

@@ -162,7 +162,10 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         ({"decoder_input_details": True}, "`decoder_input_details` is not supported"),
         ({"return_k_alternatives": 2}, "`return_k_alternatives` is not supported"),
         ({"apply_chat_template": True}, "`apply_chat_template` is not supported"),
-        ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
+        (
+            {"response_format": {"type": "regex"}},
+            "`response_format` of type `regex` needs a `value`",
+        ),
         (
             {"adapter_id": "a\nb"},
             "`adapter_id` must be printable and have at most 512 characters",

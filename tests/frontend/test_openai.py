@@ -173,12 +173,11 @@ def test_what_asks_for_nothing_changes_nothing(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto!"),
-        ("response_format", {"type": "json_object"}),
+        ("guided_whitespace_pattern", " "),
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
         ("reasoning_effort", "low"),
@@ -253,7 +252,18 @@ def test_a_value_that_cannot_be_is_refused_by_name(field: str, value: Any) -> No
         ("Hi", "messages"),
         ([{"content": "Hi"}], "messages[0].role"),
         ([{"role": "king", "content": "Hi"}], "messages[0].role"),
-        ([{"role": "tool", "content": "Hi", "tool_call_id": "1"}], "messages[0].role"),
+        ([{"role": "tool", "content": "Hi"}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "tool_call_id": "1"}], "messages[0].content"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": "Hi",
+                    "tool_calls": [{"id": "1", "function": {"name": "f"}}],
+                }
+            ],
+            "messages[0].tool_calls",
+        ),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
@@ -262,7 +272,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(field: str, value: Any) -> No
             "messages[1].content",
         ),
         ([{"role": "user", "content": "a", "colour": "red"}], "messages[0].colour"),
-        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     ],
 )
 def test_messages_that_cannot_be_are_refused_with_their_place(

@@ -119,6 +119,7 @@ def other_value(name: str) -> Any:
         "lora_kernels": "reference",
         "log_level": "debug",
         "log_format": "json",
+        "tool_format": "llama",
         "adapter_root": ("a", "/b c"),
         "kv_block_tokens": 32,
         "gpu_memory_fraction": 0.5,

@@ -21,9 +21,11 @@ from pipeline.messages import (
     ArenaReady,
     AttachArena,
     Cancel,
+    CompileGrammar,
     Failure,
     Finished,
     ForgetAdapter,
+    GrammarCompiled,
     ListAdapters,
     LoadAdapter,
     Logprobs,
@@ -105,6 +107,7 @@ class World:
         self.names = [Aliases(0, {})] * self.settings.frontends  # as each was told them
         self.listed: dict[str, AdapterDescription] = {}
         self.arena_attached = False
+        self.compiling: list[CompileGrammar] = []  # by the worker
         if started:
             self.worker_ready()
             self.arena_ready()
@@ -133,6 +136,7 @@ class World:
         choices: int = 1,
         seed: int = 0,
         trace: str = "",
+        grammar: str = "",
     ) -> int:
         """Returns the request's number; that of its first choice."""
         request = Submit(
@@ -149,6 +153,7 @@ class World:
             tenant=tenant,
             choices=choices,
             trace=trace,
+            grammar=grammar,
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request
@@ -213,6 +218,12 @@ class World:
         self.settle()
         return self.listed
 
+    def compile(self, error: str = "") -> None:
+        """The worker has compiled the oldest grammar that it was asked for, or could not."""
+        asked = self.compiling.pop(0)
+        self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
+        self.settle()
+
     def arrive(self) -> None:
         """The oldest copy has arrived in the pool."""
         self.core.adapter_placed(self.worker.placed())
@@ -239,6 +250,8 @@ class World:
                 self.stage()
             elif self.loader.forgets:
                 self.forget()
+            elif self.compiling:
+                self.compile()
             elif self.worker.steps:
                 self.step()
             elif self.worker.placing:
@@ -269,6 +282,9 @@ class World:
                 case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
+                case CompileGrammar():
+                    assert process == "gpu_worker"
+                    self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
                     self._tell_frontend(message, index)
