@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.messages import FailureKind, FinishReason
-from scheduler.fair_share import AFFINITY_TOKENS, FEW_COUNTERS, INPUT_COST, OUTPUT_COST
+from scheduler.fair_share import FEW_COUNTERS, INPUT_COST, OUTPUT_COST, TURN_TOKENS
 from tests.scheduler.world import World
 
 STEP_TOKENS = 16
@@ -56,10 +56,10 @@ def test_the_adapters_of_a_tenant_share_what_it_gets() -> None:
     assert Counter(order[:6]) == {"a": 2, "b": 2, "base": 2}
 
 
-def test_a_queue_whose_adapter_runs_goes_first_but_only_so_far_ahead() -> None:
+def test_a_queue_whose_adapter_runs_goes_first_until_its_turn_is_used_up() -> None:
     world = fair_world(rows=2, kv_blocks=4096)
     name_of = {}
-    reply = int(AFFINITY_TOKENS / OUTPUT_COST / 4)
+    reply = int(TURN_TOKENS / OUTPUT_COST / 4)
     for number, adapter in enumerate(("a",) * 12 + ("b",)):
         max_tokens = reply if number else reply // 2  # so that the two rows do not end together
         name_of[world.submit([1], max_tokens=max_tokens, adapter=adapter)] = adapter
