@@ -91,7 +91,7 @@ class Queue:
 
     def turn(self) -> Turn:
         tenant = self.tenant
-        return (tenant.served, tenant.since, *_queue_turn(self))
+        return (tenant.served, tenant.since, self.place, self.waiting[0].order)
 
 
 _by_place = attrgetter("place")
@@ -185,9 +185,11 @@ class FairShare:
         if not _has_turn(queue):
             self._begin_turn(queue)
         self.leave(sequence)
-        _charge(queue, INPUT_COST * tokens)
+        tenant = queue.tenant
+        queue.left -= INPUT_COST * tokens
+        tenant.served += INPUT_COST * tokens
         queue.running += 1
-        queue.tenant.running += 1
+        tenant.running += 1
 
     def end(self, sequence: Sequence) -> None:
         queue = self._share_of.pop(sequence, None)
@@ -209,7 +211,8 @@ class FairShare:
         for sequence in sequences:
             queue = share_of.get(sequence)
             if queue is not None:
-                _charge(queue, OUTPUT_COST)
+                queue.left -= OUTPUT_COST
+                queue.tenant.served += OUTPUT_COST
 
     # --- adapters ---
 
@@ -257,6 +260,15 @@ class FairShare:
         if len(queues) == 1:  # nearly always, and this runs for each adapter that lacks room
             return next(iter(queues)).turn()
         return min(queue.turn() for queue in queues)
+
+    def blocked_in_turn(self, most: int) -> list[AdapterKey]:
+        found: dict[AdapterKey | None, None] = {}
+        for tenant in sorted({**self._unpassed, **self._passed}, key=_tenant_turn):
+            for queue in sorted([*tenant.blocked, *tenant.passed], key=_queue_turn):
+                found[queue.key] = None
+            if len(found) >= most:
+                break
+        return [key for key in found if key is not None][:most]
 
     def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
         return self.turn(other) < self.turn(key)
@@ -421,8 +433,3 @@ def _queue(tenant: Tenant, key: AdapterKey | None) -> Queue:
 
 def _has_turn(queue: Queue) -> bool:
     return queue.left > 0 and queue.running > 0
-
-
-def _charge(queue: Queue, tokens: float) -> None:
-    queue.left -= tokens
-    queue.tenant.served += tokens
