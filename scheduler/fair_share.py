@@ -6,11 +6,11 @@ that has not been waiting is lifted to the least of those that are, so that idle
 credit. Who was preempted goes before everybody, and is not charged for that.
 
 The queues of a tenant, one for each adapter that its requests want and one for none, stand in a
-line and take turns of TURN_TOKENS: the deficit round robin of Shreedhar and Varghese (SIGCOMM
-1995). Who starts to wait comes last. The first in line begins its turn and goes to the end of the
-line; while its adapter runs it is served before the line, until the tokens of its turn are used up.
-What it takes beyond is taken off its next one. Each distinct adapter in a step costs time that
-everybody pays, and a turn lets those that wait for the same one run together.
+line and take turns of ROW_TOKENS for each row: the deficit round robin of Shreedhar and Varghese
+(SIGCOMM 1995). Who starts to wait comes last. The first in line begins its turn and goes to the end
+of the line; it is served before the line until the tokens of its turn are used up, or nobody is
+left that waits or runs. What it takes beyond is taken off its next one. Each distinct adapter in a
+step costs time that everybody pays, and a turn lets those that wait for the same one run together.
 
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
@@ -30,7 +30,7 @@ from scheduler.sequence import Sequence
 
 INPUT_COST = 1.0  # per prompt token that is computed
 OUTPUT_COST = 2.0  # per produced token; both as in the paper
-TURN_TOKENS = 16384.0  # of a queue; so weighted, about 20 requests of 260 and 260 tokens
+ROW_TOKENS = 64.0  # of a turn, so weighted; for 256 rows 20 requests of 260 and 260 tokens
 FEW_COUNTERS = 1024  # as many are kept without a look at which of them are idle
 
 
@@ -111,9 +111,13 @@ class FairShare:
 
     max_overtaking_seconds  how long a blocked queue is passed
     max_tenant_running      sequences of one tenant that run at once; 0: any number
+    rows                    sequences that run at once
     """
 
-    def __init__(self, *, max_overtaking_seconds: float, max_tenant_running: int) -> None:
+    def __init__(
+        self, *, max_overtaking_seconds: float, max_tenant_running: int, rows: int
+    ) -> None:
+        self.turn_tokens = ROW_TOKENS * rows
         self._max_overtaking_seconds = max_overtaking_seconds
         self._max_tenant_running = max_tenant_running or math.inf
         self._tenants: dict[str, Tenant] = {}
@@ -182,14 +186,14 @@ class FairShare:
             self.leave(sequence)
             return
         queue = self._share_of[sequence]
-        if not _has_turn(queue):
+        if queue not in queue.tenant.turns or queue.left <= 0:
             self._begin_turn(queue)
-        self.leave(sequence)
         tenant = queue.tenant
         queue.left -= INPUT_COST * tokens
         tenant.served += INPUT_COST * tokens
         queue.running += 1
         tenant.running += 1
+        self.leave(sequence)
 
     def end(self, sequence: Sequence) -> None:
         queue = self._share_of.pop(sequence, None)
@@ -201,7 +205,7 @@ class FairShare:
         if sequence.started is not None:
             queue.running -= 1
             tenant.running -= 1
-        if not queue.running:
+        if not (queue.running or queue.waiting):
             tenant.turns.pop(queue, None)
         if not queue.open:
             del tenant.queues[queue.key]
@@ -314,7 +318,7 @@ class FairShare:
     def _next_of(self, tenant: Tenant) -> Queue:
         """Of those with somebody who can start: in its turn, or else the first in line."""
         for queue in tenant.turns:
-            if queue.ready and _has_turn(queue):
+            if queue.ready and queue.left > 0:
                 return queue
         return self._first_in_line(tenant)
 
@@ -323,15 +327,15 @@ class FairShare:
         line = tenant.line
         if tenant is self._resumed:
             return min(line, key=_queue_turn)
-        first = next((queue for queue in line if queue.left > -TURN_TOKENS), None)
+        first = next((queue for queue in line if queue.left > -self.turn_tokens), None)
         return max(line, key=_by_left) if first is None else first
 
     def _begin_turn(self, queue: Queue) -> None:
         """It goes to the end of the line, behind those that this turn of theirs is taken from."""
         line = queue.tenant.line
         before = line[: line.index(queue)]
-        for one in [*(one for one in before if one.left <= -TURN_TOKENS), queue]:
-            one.left = min(one.left, 0.0) + TURN_TOKENS
+        for one in [*(one for one in before if one.left <= -self.turn_tokens), queue]:
+            one.left = min(one.left, 0.0) + self.turn_tokens
             line.remove(one)
             line.append(one)
             one.place = self._last_place()
@@ -387,6 +391,8 @@ class FairShare:
     def _queue_is_empty(self, queue: Queue) -> None:
         self._set_unready(queue)
         self._set_unblocked(queue)
+        if not queue.running:
+            queue.tenant.turns.pop(queue, None)
         if queue.key is not None:
             queues = self._queues_of[queue.key]
             del queues[queue]
@@ -429,7 +435,3 @@ def _queue(tenant: Tenant, key: AdapterKey | None) -> Queue:
     if queue is None:
         queue = tenant.queues[key] = Queue(tenant, key)
     return queue
-
-
-def _has_turn(queue: Queue) -> bool:
-    return queue.left > 0 and queue.running > 0
