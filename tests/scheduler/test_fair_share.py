@@ -239,6 +239,7 @@ class Tenant:
     def __init__(self, rows: int = 1) -> None:
         self.policy = FairShare(max_overtaking_seconds=1.0, max_tenant_running=0, rows=ROWS)
         self.served = Counter[str]()
+        self.now = 0.0
         self._rows = rows
         self._running: list[Request] = []
         self._asked = 0
@@ -254,12 +255,12 @@ class Tenant:
         """The next of those that wait takes the row of the oldest; returns its adapter."""
         if len(self._running) == self._rows:
             self.policy.end(self._running.pop(0))
-        request = self.policy.first(0.0)
+        request = self.policy.first(self.now)
         assert request is not None
         assert request.adapter is not None
         adapter = request.adapter.id
-        self.policy.start(request, tokens[adapter], 0.0)
-        request.started = 0.0
+        self.policy.start(request, tokens[adapter], self.now)
+        request.started = self.now
         self._running.append(request)
         self.served[adapter] += tokens[adapter]
         return adapter
@@ -341,3 +342,17 @@ def test_those_without_room_are_given_by_their_turns(
             request.started = 0.0
     waited_for = {key(adapter) for _, adapter in asked if adapter in blocked}
     assert policy.blocked_in_turn(most) == sorted(waited_for, key=policy.turn)[:most]
+
+
+def test_a_turn_rests_while_one_of_its_tenant_is_overdue() -> None:
+    tenant = Tenant(rows=9)
+    for adapter in ("turn", "turn", "turn", "before", "overdue"):
+        tenant.ask(adapter)
+    tenant.policy.block(key("overdue"))
+    for adapter in ("turn", "before"):
+        tenant.policy.admit(key(adapter))
+    tokens = {"turn": 1, "before": 1}
+    assert [tenant.start(tokens) for _ in range(2)] == ["turn", "turn"]
+    tenant.now = 2.0
+    assert tenant.start(tokens) == "before"
+    assert tenant.policy.first(tenant.now) is None
