@@ -16,7 +16,7 @@ from gpu_worker.cuda_graphs import DecodeGraphs, StaticBatch
 from gpu_worker.forward import EagerForward, Forward, GraphedForward
 from gpu_worker.kernels.adapter_tables import AdapterTables
 from gpu_worker.kernels.compiling import compiling_ahead
-from gpu_worker.kernels.decode_linears import DecodeLinears
+from gpu_worker.kernels.decode_linears import MOST_ROWS, DecodeLinears
 from gpu_worker.kernels.triton_columns import TILE_ROWS
 from gpu_worker.kernels.triton_lora import TritonLora
 from gpu_worker.kernels.triton_plan import TritonKernels, TritonPlan
@@ -87,8 +87,10 @@ def cuda_forward(parts: Parts) -> Forward:
     fused = _decode_linears(parts) if DecodeLinears.can_run(shapes, parts.dtype) else None
 
     def linears(batch: StaticBatch, with_lora: bool) -> Linears:
-        if fused is not None:
-            return fused.plan(batch.tiles, batch.tile_count) if with_lora else fused.base()
+        if fused is not None and with_lora:
+            return fused.plan(batch.tiles, batch.tile_count)
+        if fused is not None and len(batch.rows) <= MOST_ROWS:
+            return fused.base()  # beyond, it reads x and the weight twice, and cuBLAS is faster
         if with_lora:
             return TritonPlan(lora, lora.prepare(batch.tiles, batch.tile_count))
         return BaseLinears()
