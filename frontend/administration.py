@@ -157,18 +157,20 @@ class Administration:
         self, request: Request, route: _Route[B], decoder: msgspec.json.Decoder[B]
     ) -> HttpReply:
         """Raises ClientGone."""
+        name = ""
         try:
             self._check_admin(request)
             body = await self._read(request)
             order = route.understand(decode(decoder, body))
+            name = order.command.name
             await self._commands.do(order.command)
         except MalformedJson as error:
-            return route.replies().refused(_error(400, str(error)))
+            return route.replies().refused(_error(400, str(error)), name)
         except RequestError as error:
-            return route.replies().refused(error)
+            return route.replies().refused(error, name)
         command = order.command
-        name = command.name or (command.adapter.id if command.adapter else "")
-        log.info("event=administered verb=%s adapter=%a", command.verb.value, name)
+        subject = name or (command.adapter.id if command.adapter else "")
+        log.info("event=administered verb=%s adapter=%a", command.verb.value, subject)
         return route.replies().done(order.sentence)
 
     def _check_admin(self, request: Request) -> None:

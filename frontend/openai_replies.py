@@ -62,7 +62,8 @@ def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
 def refusal(error: RequestError) -> HttpReply:
     """See calls.Dialect."""
     word = WORDS[error.kind]
-    return HttpReply(word.status, _error_of(error), JSON + word.headers)
+    status = error.status if isinstance(error, ParameterError) else word.status
+    return HttpReply(status, _error_of(error), JSON + word.headers)
 
 
 def _error_of(error: RequestError) -> bytes:

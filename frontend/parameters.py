@@ -16,10 +16,13 @@ T = TypeVar("T")
 
 
 class ParameterError(RequestError):
-    """A parameter cannot be honoured. `parameter` is its name or a path to it, if it has one."""
+    """A parameter cannot be honoured. `parameter` is its name or a path to it, if it has one.
 
-    def __init__(self, parameter: str | None, message: str) -> None:
-        super().__init__(400, FailureKind.VALIDATION, message)
+    status  where it is told: LoRAX has one for all
+    """
+
+    def __init__(self, parameter: str | None, message: str, status: int = 400) -> None:
+        super().__init__(status, FailureKind.VALIDATION, message)
         self.parameter = parameter
 
 

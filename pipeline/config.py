@@ -89,7 +89,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         ),
     ] = 60.0
     disk_cache_bytes: Annotated[
-        int, Meta(ge=0, description="disk for downloaded adapters, the hub's aside, bytes")
+        int, Meta(ge=0, description="disk for downloaded adapters, bytes")
     ] = 64 << 30
     cache: Annotated[
         str,

@@ -51,6 +51,8 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
+    NAME_TAKEN = "name_taken"  # these two are told to administrators only
+    NAME_UNKNOWN = "name_unknown"
 
 
 class Failure(Value, frozen=True):

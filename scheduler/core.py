@@ -321,7 +321,8 @@ class Scheduler:
     def adapter_names(self) -> tuple[list[str], list[str]]:
         """What clients call the adapters that are resident, and those that are waited for.
 
-        Those of a tenant alone are left out. The latest used come first.
+        Those of a tenant alone are left out, and merges, which have no name that a request could
+        give. The latest used come first.
         """
         resident, absent = self._adapters.by_use()
         return self._names(resident), self._names(absent)
@@ -329,8 +330,9 @@ class Scheduler:
     def _names(self, keys: Iterable[AdapterKey]) -> list[str]:
         names: dict[str, None] = {}
         for key in keys:
-            if not key.scope:
-                names.update(dict.fromkeys(self._administration.names_of(key) or [key.id]))
+            if not key.scope and key.merge is None:
+                id = f"{key.id}@{key.revision}" if key.revision else key.id
+                names.update(dict.fromkeys(self._administration.names_of(key) or [id]))
         return list(names)
 
     def _described(

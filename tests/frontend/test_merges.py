@@ -128,7 +128,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field", "sentence"), WRONG)
-def test_what_cannot_be_merged_is_a_422_of_lorax_and_a_400_of_openai(
+def test_what_cannot_be_merged_is_a_422_in_both_shapes(
     changes: dict[str, Any], field: str, sentence: str
 ) -> None:
     values = {"ids": ["a/a", "b/b"], **changes}
@@ -136,9 +136,11 @@ def test_what_cannot_be_merged_is_a_422_of_lorax_and_a_400_of_openai(
     assert refusal.status == 422
     assert sentence in json_of(refusal)["error"]
     refusal = refusal_of(OPENAI.chat(chat(merged_adapters=values), None))
-    assert refusal.status == 400
-    assert sentence in json_of(refusal)["error"]["message"]
-    assert field in json_of(refusal)["error"]["param"]
+    assert refusal.status == 422
+    error = json_of(refusal)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert sentence in error["message"]
+    assert field in error["param"]
 
 
 @given(st.sampled_from([math.nan, math.inf, -math.inf]))
