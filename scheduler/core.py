@@ -87,6 +87,7 @@ class Scheduler:
         self._policy = policy or FairShare(
             max_overtaking_seconds=settings.max_overtaking_seconds,
             max_tenant_running=settings.max_tenant_running,
+            rows=settings.rows,
         )
         self._adapters = Adapters(
             policy=self._policy,

@@ -6,11 +6,11 @@ thousands at once must not fill the arena, nor stand before all others in the lo
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from pipeline.messages import AdapterKey, LoadAdapter
 from scheduler.adapter import Adapter
-from scheduler.policy import Policy
+from scheduler.policy import Policy, Turn
 
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 
@@ -56,7 +56,8 @@ class Loads:
         for tenant in tenants:
             free = MAX_LOADS - self._loads[tenant]
             wanted = self._wanted.get(tenant, {}).values()
-            for adapter in first_in_turn(free, wanted, self._policy):
+            waited_for = [adapter for adapter in wanted if adapter.waiting]
+            for adapter in heapq.nsmallest(free, waited_for, key=self._turn):
                 self.want(adapter, tenant, now)
 
     def load(
@@ -79,6 +80,9 @@ class Loads:
         if not self._loads[tenant]:
             del self._loads[tenant]
         self._have_fewer.add(tenant)
+
+    def _turn(self, adapter: Adapter) -> Turn:
+        return self._policy.turn(adapter.key)
 
     def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
         wanted = self._wanted.get(tenant, {})
@@ -117,9 +121,3 @@ class Loads:
 
     def next_deadline(self) -> float | None:
         return next(iter(self._deadline_of.values()), None)
-
-
-def first_in_turn(most: int, adapters: Iterable[Adapter], policy: Policy) -> list[Adapter]:
-    """Of those that requests wait for, the next; at most so many."""
-    waited_for = [adapter for adapter in adapters if adapter.waiting]
-    return heapq.nsmallest(most, waited_for, key=lambda one: policy.turn(one.key))

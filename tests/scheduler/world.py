@@ -78,6 +78,7 @@ class World:
         self.fair_share = FairShare(
             max_overtaking_seconds=self.settings.max_overtaking_seconds,
             max_tenant_running=self.settings.max_tenant_running,
+            rows=self.settings.rows,
         )
         self.watched = Watched(self.fair_share)
         self.spans: list[Span] = []
