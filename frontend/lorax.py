@@ -7,6 +7,7 @@ import msgspec
 from msgspec import Meta
 
 from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token, tenant_of
+from frontend.authorization import Authorization
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.lorax_replies import Asked, LoraxShape, http_error, refusal
@@ -106,20 +107,20 @@ class Lorax:
         """See calls.Dialect."""
         return refusal(error, streamed=False)
 
-    def compatible(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def compatible(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /: streamed if it says so, else a list of one reply."""
         return self._understand(body, authorization, streamed=None)
 
-    def generate(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def generate(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /generate"""
         return self._understand(body, authorization, streamed=False)
 
-    def generate_stream(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def generate_stream(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /generate_stream"""
         return self._understand(body, authorization, streamed=True)
 
     def _understand(
-        self, body: bytes, authorization: str | None, *, streamed: bool | None
+        self, body: bytes, authorization: Authorization | None, *, streamed: bool | None
     ) -> Call | HttpReply:
         try:
             request = decode(self._requests, body)
@@ -140,7 +141,12 @@ class Lorax:
             return refusal(error, streamed=stream)
 
     def _call(
-        self, request: Request, authorization: str | None, *, streamed: bool, in_list: bool
+        self,
+        request: Request,
+        authorization: Authorization | None,
+        *,
+        streamed: bool,
+        in_list: bool,
     ) -> Call:
         parameters = request.parameters or Parameters()
         _check_implemented(parameters, streamed=streamed)
@@ -179,7 +185,7 @@ class Lorax:
         )
         return Call(prompt, LoraxShape(asked), streamed)
 
-    def _wanted(self, parameters: Parameters, authorization: str | None) -> Wanted | None:
+    def _wanted(self, parameters: Parameters, authorization: Authorization | None) -> Wanted | None:
         token = source_token(parameters.api_token, authorization)
 
         def find(name: str | None) -> Wanted | None:

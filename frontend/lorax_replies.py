@@ -43,6 +43,7 @@ WORDS: dict[str, _Word] = {
 }
 HTTP_ERROR_TYPES = {
     400: "bad_request",
+    401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
     413: "payload_too_large",

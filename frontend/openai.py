@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
+from frontend.authorization import Authorization
 from frontend.calls import Call
+from frontend.chat_options import chat_options
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
 from frontend.openai_choices import Choices, Shown
@@ -143,6 +145,13 @@ class ChatRequest(Request, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
+    # vLLM's, see chat_options
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
     # see NOT_IMPLEMENTED
     tools: Any = None
     tool_choice: Any = None
@@ -185,7 +194,9 @@ class OpenAI:
         adapters: AdapterNames,
         max_stop_sequences: int,
         max_choices: int,
+        allow_chat_template: bool = False,
     ) -> None:
+        self._allow_chat_template = allow_chat_template
         self._base_model = base_model
         self._adapters = adapters
         self._max_stop_sequences = max_stop_sequences
@@ -201,15 +212,15 @@ class OpenAI:
         """See calls.Dialect."""
         return refusal(error)
 
-    def chat(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def chat(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a chat asks for, or why it cannot be had."""
         return _understand(lambda: self._chat(decode(self._chats, body), authorization))
 
-    def completion(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def completion(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a completion asks for, or why it cannot be had."""
         return _understand(lambda: self._completion(decode(self._completions, body), authorization))
 
-    def _chat(self, request: ChatRequest, authorization: str | None) -> Call:
+    def _chat(self, request: ChatRequest, authorization: Authorization | None) -> Call:
         prompt = self._prompt(request, authorization)
         logprobs = _chat_logprobs(request)
         prompt = msgspec.structs.replace(
@@ -219,6 +230,7 @@ class OpenAI:
             logprobs=logprobs,
             token_details=logprobs is not None,
             choices=self._checked_choices("n", request.n or 1),
+            chat_options=chat_options(request, allow_template=self._allow_chat_template),
         )
         _check_min_tokens(prompt)
         model, identity = request.model or self._base_model, Identity()
@@ -234,7 +246,7 @@ class OpenAI:
         ]
         return _call(request, [prompt], shapes, Shown(made=prompt.choices, shown=prompt.choices))
 
-    def _completion(self, request: CompletionRequest, authorization: str | None) -> Call:
+    def _completion(self, request: CompletionRequest, authorization: Authorization | None) -> Call:
         texts = prompts_of(request.prompt)
         shown = _shown(request, prompts=len(texts))
         self._checked_choices("best_of" if request.best_of else "n", shown.prompts * shown.made)
@@ -273,7 +285,7 @@ class OpenAI:
             )
         return choices
 
-    def _prompt(self, request: Request, authorization: str | None) -> Prompt:
+    def _prompt(self, request: Request, authorization: Authorization | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
         _check_implemented(request, NOT_IMPLEMENTED)
         wanted = self._wanted(request, authorization)
@@ -289,7 +301,7 @@ class OpenAI:
             stop_token_ids=tuple(request.stop_token_ids or ()),
         )
 
-    def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:
+    def _wanted(self, request: Request, authorization: Authorization | None) -> Wanted | None:
         token = source_token(request.api_token, authorization)
 
         def find(name: str) -> Wanted | None:

@@ -31,7 +31,7 @@ class _Word(msgspec.Struct, frozen=True):
 
 WORDS: dict[str, _Word] = {
     FailureKind.VALIDATION: _Word(400, "invalid_request_error", None),
-    FailureKind.TEMPLATE: _Word(400, "invalid_request_error", "template_error"),
+    FailureKind.TEMPLATE: _Word(422, "invalid_request_error", "template_error"),
     FailureKind.ADAPTER_NOT_FOUND: _Word(404, "invalid_request_error", "model_not_found"),
     FailureKind.ADAPTER_FORBIDDEN: _Word(403, "permission_error", "model_forbidden"),
     FailureKind.ADAPTER_INVALID: _Word(422, "invalid_request_error", "model_invalid"),
@@ -42,6 +42,7 @@ WORDS: dict[str, _Word] = {
     FailureKind.INTERNAL: _Word(500, "server_error", "internal_error"),
 }
 HTTP_CODES = {
+    401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_allowed",
     413: "request_too_large",
@@ -63,7 +64,8 @@ def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
 def refusal(error: RequestError) -> HttpReply:
     """See calls.Dialect."""
     word = WORDS[error.kind]
-    return HttpReply(word.status, _error_of(error), JSON + word.headers)
+    status = error.status if isinstance(error, ParameterError) else word.status
+    return HttpReply(status, _error_of(error), JSON + word.headers)
 
 
 def _error_of(error: RequestError) -> bytes:

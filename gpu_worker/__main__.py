@@ -10,6 +10,7 @@ from typing import assert_never
 
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
+from gpu_worker.prefill_traces import PrefillTraces
 from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
@@ -20,6 +21,7 @@ from pipeline.messages import (
     PlaceAdapter,
     ProcessReady,
     Shutdown,
+    Spans,
     Stats,
     Step,
     ToGpuWorker,
@@ -54,6 +56,7 @@ class Process:
         self._inbox = inbox
         self._outbox = outbox
         self._launched: deque[Launched] = deque()
+        self._prefills = PrefillTraces()
         built = build_worker(settings, model_folder(settings), Figures(), index)
         self._worker = built.worker
         outbox.send("scheduler", built.ready)
@@ -90,6 +93,7 @@ class Process:
         """Launch it. On a CPU it is over then: its tokens go out, and adapters get their share of
         the time, before the next step that has come already."""
         start = time.monotonic()
+        self._prefills.launched(message, start)
         self._launched.append(self._worker.launch(message))
         self._send_placed()
         self._send_done()
@@ -111,8 +115,12 @@ class Process:
         sent = False
         while self._launched and self._launched[0].is_done:
             launched = self._launched.popleft()
-            self._outbox.send("scheduler", launched.result())
+            done = launched.result()
+            self._outbox.send("scheduler", done)
             self._worker.count(launched)
+            spans = self._prefills.done(done.step_id, time.monotonic())
+            if spans:
+                self._outbox.send("frontend", Spans(NAME, self._index, spans))
             sent = True
         return sent
 

@@ -163,7 +163,8 @@ class Worker:
 
     @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
-        """[sampled, vocabulary] of a batch; its keys and values are in the cache then."""
+        """[sampled, vocabulary] of a batch; its keys and values are in the cache then. As with
+        `launch`, at most two may be under way: a third fills the buffers of the first again."""
         return self._forward.run(host, self.history, lambda: None)
 
     def count(self, launched: Launched) -> None:

@@ -52,6 +52,8 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
+    NAME_TAKEN = "name_taken"  # these two are told to administrators only
+    NAME_UNKNOWN = "name_unknown"
 
 
 class Failure(Value, frozen=True):
@@ -208,6 +210,17 @@ class Usage(Value, frozen=True):
 # --- frontend -> tokenizer_workers ---------------------------------------------------------------
 
 
+class ChatOptions(Value, frozen=True):
+    """How a chat becomes a prompt. The defaults are the model's own way."""
+
+    template: str = ""  # the request's own; nobody vouches for it
+    documents: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}  # of the client's, for the template
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the prompt ends with that message, which goes on
+    add_special_tokens: bool = False  # those that the tokenizer puts around a text
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -233,6 +246,16 @@ class Prompt(Message, frozen=True):
     prompt_details: bool = False  # send the prompt's text back, and its tokens if logprobs has them
     choices: int = 1  # replies; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # each is an end as EOS is, whatever ignore_eos says
+    trace: str = ""  # see Span.trace; empty where nothing is traced
+    chat_options: ChatOptions = ChatOptions()  # of a chat
+
+
+class Rendered(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that waits for templates nobody vouches for."""
+
+    request_id: int
+    text: str
+    failure: Failure | None = None
 
 
 class Cancel(Message, frozen=True):
@@ -260,6 +283,7 @@ class Prefetch(Message, frozen=True):
     adapter: AdapterKey
     adapter_token: str | None = None
     tenant: str = ""  # as of the prompt
+    trace: str = ""  # as of the prompt
 
 
 class Submit(Message, frozen=True):
@@ -278,6 +302,7 @@ class Submit(Message, frozen=True):
     tenant: str = ""  # as of the prompt
     choices: int = 1  # requests: this one and those whose ids follow; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
+    trace: str = ""  # as of the prompt
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -433,6 +458,7 @@ class NewRow(Value, frozen=True):
     sampling: Sampling
     logprobs: Logprobs | None
     end_token_ids: tuple[int, ...] = ()  # not to be sampled before sampling.min_tokens
+    trace: str = ""  # as of the prompt
 
 
 class Step(Message, frozen=True):
@@ -501,6 +527,7 @@ class LoadAdapter(Message, frozen=True):
 
     adapter: AdapterKey
     adapter_token: str | None = None
+    trace: str = ""  # of the request that it is asked for
 
 
 class ReleaseAdapter(Message, frozen=True):
@@ -645,8 +672,29 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
-ToFrontend = Pieces | PromptDetails | ProcessReady | Stats | Aliases | AdminDone | AdapterList
-ToTokenizerWorker = Prompt | Cancel | Tokens | PromptLogprobs | Shutdown
+class Span(Value, frozen=True):
+    """Something that was done for a request that is traced. Times are time.monotonic()."""
+
+    trace: str  # W3C traceparent of the request's span, which this one is a child of
+    name: str
+    started: float
+    ended: float
+    attributes: dict[str, str | int | float | bool] = {}  # no text, no secret
+    failed: bool = False
+
+
+class Spans(Message, frozen=True):
+    """each -> frontend 0: what it has done for requests that are traced."""
+
+    process: str
+    index: int
+    spans: tuple[Span, ...]
+
+
+ToFrontend = (
+    Pieces | PromptDetails | ProcessReady | Stats | Spans | Aliases | AdminDone | AdapterList
+)
+ToTokenizerWorker = Prompt | Rendered | Cancel | Tokens | PromptLogprobs | Shutdown
 ToScheduler = (
     Prefetch
     | Submit

@@ -160,7 +160,7 @@ class Adapters:
         if adapter is None:
             adapter = self._adapter_of[key] = Adapter(key)
         if sequence.started is None and not adapter.retiring:
-            self._revalidate(adapter, sequence.adapter_token, now)
+            self._revalidate(adapter, sequence.adapter_token, now, sequence.trace)
             self._doubt_if_old(adapter, now)
         insort(adapter.waiting, sequence, key=by_order)
         if adapter.staged is None and adapter.asked_by is None:
@@ -193,10 +193,11 @@ class Adapters:
         if adapter is not None:
             self._touch(adapter)
             if not adapter.retiring:
-                self._revalidate(adapter, message.adapter_token, now)
+                self._revalidate(adapter, message.adapter_token, now, message.trace)
         elif self._loads.may_ask(message.tenant):
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
-            self._loads.load(adapter, message.tenant, message.adapter_token, now)
+            token, trace = message.adapter_token, message.trace
+            self._loads.load(adapter, message.tenant, token, now, trace)
 
     # --- what administrators want ---
 
@@ -588,11 +589,11 @@ class Adapters:
 
     # --- whether it is still to be had, and still the same ---
 
-    def _revalidate(self, adapter: Adapter, token: str | None, now: float) -> None:
+    def _revalidate(self, adapter: Adapter, token: str | None, now: float, trace: str) -> None:
         """Ask about what is there, if it is time."""
         old = 2 * (now - adapter.confirmed_at) >= self._revalidate_seconds
         if old and adapter.staged is not None and not adapter.loading:
-            self._loads.question(adapter, token, now)
+            self._loads.question(adapter, token, now, trace)
 
     def _doubt_if_old(self, adapter: Adapter, now: float) -> None:
         """Somebody joins: it is too late to start without the answer."""

@@ -36,6 +36,8 @@ from pipeline.messages import (
     Message,
     PlaceAdapter,
     Prefetch,
+    Span,
+    Spans,
     Step,
     StepDone,
     Submit,
@@ -55,6 +57,7 @@ from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
+from scheduler.timings import Timings
 from scheduler.token_logprobs import StepLogprobs
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -114,6 +117,7 @@ class Scheduler:
         self._cost = StepCost()
         self._hit_tokens = 0
         self._generated = 0
+        self.timings = Timings()
 
     # --- what happened ---
 
@@ -139,7 +143,7 @@ class Scheduler:
         self._adapters.prefetch(message, now)
 
     def submit(self, message: Submit, now: float) -> None:
-        sequence = self._take(message)
+        sequence = self._take(message, now)
         self._wait_to_start(sequence)
         if self._worker is not None and not self._check_fits(sequence, now):
             return
@@ -202,15 +206,18 @@ class Scheduler:
         if flight.step_id != message.step_id:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
         self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
-        self._step_done_at = now
+        since_last, self._step_done_at = now - self._step_done_at, now
         logprobs = StepLogprobs(flight, message.logprobs)
         for worker, prompt in logprobs.prompts:
             self._outbox.append(("tokenizer_workers", worker, prompt))
         self._policy.produced(flight.sampled)
         token_ids = array("i", message.token_ids)
-        self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
+        dropped = self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
+        # a row that decodes has had a token in the step before
+        self.timings.between_tokens.add(since_last, max(0, flight.work.rows - dropped))
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
+            sequence.interrupted = now
             self._adapters.join(sequence, now)
         for extent in flight.unpins:  # last: an outdated adapter stays for those that join
             self._adapters.unpin(extent)
@@ -261,6 +268,7 @@ class Scheduler:
             return None
         self._steps_sent += 1
         work = plan.work(self._adapters.running_bytes)
+        self.timings.step_rows.add(len(plan.decode_rows) + len(plan.chunked))
         self._flights.append(Flight(self._steps_sent, plan, work, now))
         step = plan.step(self._steps_sent, self._batch.seal(plan))
         for sequence in plan.chunked:
@@ -316,6 +324,7 @@ class Scheduler:
             requests_waiting=len(self._sequence_of) - len(self._batch),
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
+            kv_block_tokens=self._batch.kv.block_tokens,
             adapters_resident=self._adapters.resident,
             adapters_pinned=self._adapters.kept,
             adapter_pool_used_bytes=self._adapters.pool_used_bytes,
@@ -334,7 +343,8 @@ class Scheduler:
     def adapter_names(self) -> tuple[list[str], list[str]]:
         """What clients call the adapters that are resident, and those that are waited for.
 
-        Those of a tenant alone are left out. The latest used come first.
+        Those of a tenant alone are left out, and merges, which have no name that a request could
+        give. The latest used come first.
         """
         resident, absent = self._adapters.by_use()
         return self._names(resident), self._names(absent)
@@ -342,8 +352,9 @@ class Scheduler:
     def _names(self, keys: Iterable[AdapterKey]) -> list[str]:
         names: dict[str, None] = {}
         for key in keys:
-            if not key.scope:
-                names.update(dict.fromkeys(self._administration.names_of(key) or [key.id]))
+            if not key.scope and key.merge is None:
+                id = f"{key.id}@{key.revision}" if key.revision else key.id
+                names.update(dict.fromkeys(self._administration.names_of(key) or [id]))
         return list(names)
 
     def _described(
@@ -375,11 +386,14 @@ class Scheduler:
         token_ids: "array[int]",
         logprobs: dict[int, bytes],
         now: float,
-    ) -> None:
-        """Runs for each token that is produced, so it looks at little."""
+    ) -> int:
+        """Runs for each token that is produced, so it looks at little. Returns how many came for
+        those that had ended."""
         replies = self._replies
+        dropped = 0
         for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
             if sequence.ended:
+                dropped += 1
                 continue
             if token < 0:
                 self._fail(sequence, failures.not_finite(sequence.adapter), now)
@@ -395,11 +409,11 @@ class Scheduler:
                 self._finish(sequence, FinishReason.EOS, now)
             elif len(known) >= sequence.notice_at:
                 self._notice(sequence, now)
+        return dropped
 
     def _notice(self, sequence: Sequence, now: float) -> None:
         """Its first token came, or its last, or one that shows that a block is full."""
-        if sequence.first_token is None:
-            sequence.first_token = now
+        self._time_first_token(sequence, now)
         known = len(sequence.token_ids)
         if known == sequence.end:
             self._finish(sequence, FinishReason.LENGTH, now)
@@ -407,6 +421,15 @@ class Scheduler:
             sequence.notice_at = sequence.end
         else:
             sequence.notice_at = min(sequence.end, self._batch.cache_written(sequence))
+
+    def _time_first_token(self, sequence: Sequence, now: float) -> None:
+        """The first of all, or the first after a preemption, has come if it had not."""
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self.timings.first_token.add(now - sequence.arrived)
+        elif sequence.interrupted is not None:
+            self.timings.between_tokens.add(now - sequence.interrupted)
+        sequence.interrupted = None
 
     def _flush(self) -> None:
         for worker, reply in enumerate(self._replies):
@@ -449,6 +472,8 @@ class Scheduler:
         if sequence.started is None:
             self._waits_no_more(sequence)
             sequence.started = now
+            self.timings.queue.add(now - sequence.arrived)
+            self._trace("queue", sequence, sequence.submitted, now)
             sequence.cached_tokens = plan.new_rows[-1].cached_tokens
             self._hit_tokens += sequence.cached_tokens
         return tokens
@@ -459,6 +484,7 @@ class Scheduler:
             sequence.resume_after = self._flights[-1].step_id
             self._resting.append(sequence)
         else:
+            sequence.interrupted = self._step_done_at
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
@@ -478,12 +504,12 @@ class Scheduler:
 
     # --- several choices of a prompt: the first computes it, the others find it in the cache ---
 
-    def _take(self, message: Submit) -> Sequence:
+    def _take(self, message: Submit, now: float) -> Sequence:
         """The sequence of the first choice; the others follow it."""
         sequences = []
         for choice in range(message.choices):
             self._submitted += 1
-            one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice)
+            one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice, now=now)
             self._sequence_of[one.request_id] = one
             sequences.append(one)
         leader, *followers = sequences
@@ -522,6 +548,8 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
     ) -> None:
         followers = sequence.followers
+        if sequence.produced:
+            self._time_first_token(sequence, now)
         self._remove(sequence)
         self._replies[sequence.worker].finished.append(
             Finished(sequence.request_id, reason, sequence.usage(now), failure)
@@ -535,6 +563,11 @@ class Scheduler:
         del self._sequence_of[sequence.request_id]
         if sequence.started is None:
             self._waits_no_more(sequence)
+        else:
+            ended = max(self._step_done_at, sequence.first_token or sequence.started)
+            self.timings.inference.add(ended - sequence.started)
+            if sequence.first_token is not None:
+                self._trace("decode", sequence, sequence.first_token, ended)
         if sequence.table is not None:
             self._batch.vacate(sequence)
             self._unpin(sequence)
@@ -551,6 +584,17 @@ class Scheduler:
         """It counts as a request of its tenant that waits; those that follow it do not."""
         sequence.counted = True
         self._unstarted[sequence.tenant] += 1
+
+    def _trace(self, name: str, sequence: Sequence, started: float, ended: float) -> None:
+        """A span of a request that is traced."""
+        if sequence.trace:
+            attributes: dict[str, str | int | float | bool] = {
+                "loradex.prompt_tokens": sequence.prompt_tokens,
+                "loradex.cached_tokens": sequence.cached_tokens,
+                "loradex.produced_tokens": sequence.produced,
+            }
+            span = Span(sequence.trace, name, started, ended, attributes)
+            self._outbox.append(("frontend", 0, Spans("scheduler", 0, (span,))))
 
     def _waits_no_more(self, sequence: Sequence) -> None:
         """For its first start; its tenant may let another wait."""

@@ -61,20 +61,11 @@ def not_finite(adapter: AdapterKey | None) -> Failure:
 
 
 def name_is_taken(name: str) -> Failure:
-    """In vLLM's words, which controllers look for."""
-    return Failure(
-        400,
-        FailureKind.VALIDATION,
-        f"The lora adapter '{name}' has already been loaded. "
-        "To replace it, set 'load_inplace' to true.",
-    )
+    return Failure(400, FailureKind.NAME_TAKEN, f"an adapter is loaded as '{name}' already")
 
 
 def no_such_name(name: str) -> Failure:
-    """In vLLM's words, which controllers look for."""
-    return Failure(
-        404, FailureKind.ADAPTER_NOT_FOUND, f"The lora adapter '{name}' cannot be found."
-    )
+    return Failure(404, FailureKind.NAME_UNKNOWN, f"no adapter is loaded as '{name}'")
 
 
 def not_pinned(adapter: AdapterKey) -> Failure:

@@ -42,8 +42,8 @@ class Loads:
         if not self.may_ask(tenant):
             self._wanted.setdefault(tenant, {})[adapter.key] = adapter
             return
-        token = next(one.adapter_token for one in adapter.waiting if one.tenant == tenant)
-        self.load(adapter, tenant, token, now)
+        first = next(one for one in adapter.waiting if one.tenant == tenant)
+        self.load(adapter, tenant, first.adapter_token, now, first.trace)
 
     def want_less(self, adapter: Adapter, tenant: str) -> None:
         """One of this tenant does not wait any more for what has not been asked for."""
@@ -59,14 +59,16 @@ class Loads:
             for adapter in first_in_turn(free, wanted, self._policy):
                 self.want(adapter, tenant, now)
 
-    def load(self, adapter: Adapter, tenant: str, token: str | None, now: float) -> None:
+    def load(
+        self, adapter: Adapter, tenant: str, token: str | None, now: float, trace: str = ""
+    ) -> None:
         """Ask for it on this tenant's account, until it is `over`."""
         for other in {tenant, *(sequence.tenant for sequence in adapter.waiting)}:
             self._not_wanted(adapter, other)
         adapter.asked_by = tenant
         self._loads[tenant] += 1
         if not adapter.loading:  # else it was evicted while it was asked about
-            self.question(adapter, token, now)
+            self.question(adapter, token, now, trace)
 
     def over(self, adapter: Adapter) -> None:
         """It has room, or cannot have any, or cannot be had."""
@@ -85,12 +87,12 @@ class Loads:
 
     # --- questions and answers ---
 
-    def question(self, adapter: Adapter, token: str | None, now: float) -> None:
+    def question(self, adapter: Adapter, token: str | None, now: float, trace: str) -> None:
         """Ask for it, or whether it is still what it was."""
         adapter.loading = True
         adapter.asked_at = now
         self._deadline_of[adapter.key] = now + self._load_seconds
-        self._send(LoadAdapter(adapter.key, token))
+        self._send(LoadAdapter(adapter.key, token, trace))
 
     def answered(self, adapter: Adapter) -> None:
         adapter.loading = False

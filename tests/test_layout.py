@@ -14,7 +14,14 @@ PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapte
 # package -> the third-party names that it may import
 ALLOWED = {
     "pipeline": {"msgspec", "zmq", "prometheus_client", "tqdm"},
-    "frontend": {"msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop"},
+    "frontend": {
+        "msgspec",
+        "opentelemetry",  # of the extra
+        "prometheus_client",
+        "starlette",
+        "uvicorn",
+        "uvloop",
+    },
     "tokenizer_workers": {"msgspec", "prometheus_client", "tokenizers", "jinja2"},
     "scheduler": {"msgspec", "prometheus_client"},
     "gpu_worker": {
@@ -52,18 +59,25 @@ PURE = (
     "scheduler/fair_share.py",
     "scheduler/loads.py",
     "scheduler/step_cost.py",
+    "scheduler/timings.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
+    "tokenizer_workers/renderings.py",
     "tokenizer_workers/stop_strings.py",
     "tokenizer_workers/token_table.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
     "adapter_loader/recent_failures.py",
+    "adapter_loader/traces.py",
+    "gpu_worker/prefill_traces.py",
     "frontend/streams.py",
     "frontend/adapter_ids.py",
     "frontend/adapter_labels.py",
     "frontend/aliases.py",
     "frontend/admission.py",
+    "frontend/docs_page.py",
+    "frontend/metric_aliases.py",
+    "frontend/openapi.py",
     "pipeline/adapter_layout.py",
     "pipeline/messages.py",
 )

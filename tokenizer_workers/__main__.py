@@ -12,7 +12,10 @@ from pipeline.messages import (
     ProcessReady,
     Prompt,
     PromptLogprobs,
+    Rendered,
     Shutdown,
+    Span,
+    Spans,
     Stats,
     Tokens,
     ToTokenizerWorker,
@@ -21,6 +24,7 @@ from pipeline.metrics import REGISTRY, snapshot
 from pipeline.process import run
 from tokenizer_workers.core import PROCESS, Core
 from tokenizer_workers.loading import TextModel, load
+from tokenizer_workers.strange_templates import StrangeTemplates
 
 ENCODE_SECONDS = Histogram(
     "loradex_encode_seconds", "Time to encode a prompt, template included", registry=REGISTRY
@@ -61,6 +65,9 @@ class Worker:
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
         )
+        self._templates = StrangeTemplates(
+            settings, PROCESS, index, model.template_limits, self.core.renders
+        )
 
     def announce(self) -> None:
         for frontend in self.core.frontends:
@@ -78,6 +85,7 @@ class Worker:
             self._report()
 
     def close(self) -> None:
+        self._templates.close()
         self._outbox.close()
         self._inbox.close()
 
@@ -87,10 +95,17 @@ class Worker:
                 self.core.tokens(message, time.monotonic())
                 TOKENS.inc(len(message.token_ids))
             case Prompt():
+                started = time.monotonic()
                 with ENCODE_SECONDS.time():
-                    self.core.prompt(message, time.monotonic())
+                    self.core.prompt(message, started)
+                if not self.core.renders(message.request_id):
+                    self._trace(message, started)
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
+            case Rendered():
+                prompt = self.core.rendered(message, time.monotonic())
+                if prompt is not None:
+                    self._trace(prompt, prompt.arrived)
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():
@@ -98,7 +113,15 @@ class Worker:
             case _:
                 assert_never(message)
 
+    def _trace(self, prompt: Prompt, started: float) -> None:
+        """It has been encoded, or it cannot be."""
+        if prompt.trace:
+            span = Span(prompt.trace, "tokenise", started, time.monotonic())
+            self._outbox.send("frontend", Spans(PROCESS, self._index, (span,)))
+
     def _send(self) -> None:
+        for prompt in self.core.take_renderings():
+            self._templates.render(prompt)
         for to in self.core.take_outbox():
             self._outbox.send(to.process, to.message, to.index)
 

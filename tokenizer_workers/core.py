@@ -25,6 +25,7 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     PromptLogprobs,
+    Rendered,
     Shutdown,
     Submit,
     TokenDetail,
@@ -34,6 +35,7 @@ from pipeline.messages import (
 from tokenizer_workers.decode import TextDecoder
 from tokenizer_workers.details import PromptTokens, Vocabulary
 from tokenizer_workers.encode import Encoded
+from tokenizer_workers.renderings import Renderings, as_text
 from tokenizer_workers.stop_strings import StopStrings
 
 PROCESS = "tokenizer_workers"
@@ -166,13 +168,14 @@ class Core:
         self._new_token_decoder = new_token_decoder
         self._vocabulary = vocabulary
         self._requests: dict[int, _Request] = {}
+        self._renderings = Renderings()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
         self._to_scheduler: list[Submit | Cancel | Shutdown] = []
 
     @property
     def requests(self) -> int:
         """How many are open."""
-        return len(self._requests)
+        return len(self._requests) + len(self._renderings)
 
     @property
     def frontends(self) -> list[int]:
@@ -181,6 +184,9 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
+        if prompt.chat is not None and prompt.chat_options.template:
+            self._renderings.add(prompt)
+            return
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
         try:
             encoded = self._encode(prompt)
@@ -206,11 +212,35 @@ class Core:
                 tenant=prompt.tenant,
                 choices=prompt.choices,
                 stop_token_ids=prompt.stop_token_ids,
+                trace=prompt.trace,
             )
         )
 
+    def renders(self, request_id: int) -> bool:
+        """Whether this request waits for its chat to become text."""
+        return request_id in self._renderings
+
+    def take_renderings(self) -> list[Prompt]:
+        """Chats to be rendered beside all this; each is answered by `rendered`."""
+        return self._renderings.take()
+
+    def rendered(self, message: Rendered, now: float) -> Prompt | None:
+        """A chat has become text; gives its prompt, if somebody still waits for it."""
+        prompt = self._renderings.done(message.request_id)
+        if prompt is None:
+            return None
+        if message.failure is None:
+            self.prompt(as_text(prompt, message.text), now)
+        else:
+            failure = message.failure
+            error = RequestError(failure.status, failure.kind, failure.message)
+            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
+            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+        return prompt
+
     def cancel(self, request_id: int) -> None:
         """Forget the request: its frontend hears no more of it."""
+        self._renderings.done(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
             request.outgoing.forget(request_id)
@@ -254,6 +284,7 @@ class Core:
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
         del self._outgoing[frontend]
+        self._renderings.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
         if not self._outgoing:

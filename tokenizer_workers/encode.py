@@ -85,7 +85,8 @@ class Encoder:
             return self._encode_text(prompt.text or "", prompt.add_special_tokens)
         if self._chat_template is None:
             raise RequestError(400, FailureKind.TEMPLATE, "the model has no chat template")
-        return self._encode_text(self._chat_template.render(prompt.chat), special=False)
+        text = self._chat_template.render(prompt.chat, options=prompt.chat_options)
+        return self._encode_text(text, prompt.chat_options.add_special_tokens)
 
     def _encode_text(self, text: str, special: bool) -> "array[int]":
         if len(text) > self._max_characters:  # before the time is spent that others wait for

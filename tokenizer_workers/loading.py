@@ -20,6 +20,7 @@ from tokenizer_workers.decode import (
 )
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoder
+from tokenizer_workers.render import TemplateLimits
 from tokenizer_workers.token_table import (
     byte_fallback_table,
     byte_level_table,
@@ -35,6 +36,7 @@ class TextModel(msgspec.Struct, frozen=True):
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
     vocabulary: Vocabulary
     max_total_tokens: int
+    template_limits: TemplateLimits  # for templates that are not the model's
 
 
 def load(settings: Settings) -> TextModel:
@@ -49,6 +51,7 @@ def load(settings: Settings) -> TextModel:
     return text_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokens) if source else None,
+        special_tokens=tokens,
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
     )
@@ -58,9 +61,11 @@ def text_model(
     *,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
+    special_tokens: Mapping[str, str],
     config: ModelConfig,
     max_total_tokens: int,
 ) -> TextModel:
+    token_characters = max(map(len, tokenizer.get_vocab()))
     added = tokenizer.get_added_tokens_decoder()
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
     all_visible = decoders(tokenizer, config.vocabulary, hidden=())
@@ -70,7 +75,7 @@ def text_model(
             chat_template=chat_template,
             vocabulary=config.vocabulary,
             max_total_tokens=max_total_tokens,
-            token_characters=max(map(len, tokenizer.get_vocab())),
+            token_characters=token_characters,
         ),
         # an end-of-text token that nobody marked as special is not for the reader either
         new_decoder=decoders(
@@ -79,6 +84,7 @@ def text_model(
         new_token_decoder=all_visible.new,
         vocabulary=Vocabulary(all_visible.bytes_of, special_ids),
         max_total_tokens=max_total_tokens,
+        template_limits=TemplateLimits(dict(special_tokens), max_total_tokens * token_characters),
     )
 
 

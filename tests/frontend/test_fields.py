@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from frontend.adapters import AdapterNames
+from frontend.authorization import Authorization
 from frontend.calls import Call, ChoicesShape, Part
 from frontend.exchange import HttpReply
 from frontend.openai import ChatRequest, CompletionRequest, OpenAI
@@ -24,6 +25,7 @@ OPENAI = OpenAI(
     adapters=AdapterNames(base_model=BASE, default_source="hub", sources=("hub", "s3"), roots=()),
     max_stop_sequences=4,
     max_choices=8,
+    allow_chat_template=True,
 )
 
 
@@ -86,6 +88,12 @@ CHAT = BOTH | {
     "messages": honoured("through the chat template", [{"role": "user", "content": "Ho"}]),
     "max_tokens": honoured("the old name of max_completion_tokens", 5),
     "max_completion_tokens": honoured("the length", 5),
+    "chat_template": honoured("vLLM's, where the operator allows it", "{{ messages }}"),
+    "chat_template_kwargs": honoured("vLLM's: variables of the template", {"thinking": True}),
+    "documents": honoured("vLLM's: for templates that know them", [{"title": "T", "text": "x"}]),
+    "add_generation_prompt": honoured("vLLM's", False),
+    "continue_final_message": honoured("vLLM's: the last message goes on", True),
+    "add_special_tokens": honoured("vLLM's: besides those of the template", True),
     "logprobs": honoured("of the content's tokens", True),
     "top_logprobs": honoured("up to 20", 2, logprobs=True),
     "tools": refused("not there yet", [{"type": "function", "function": {"name": "f"}}]),
@@ -113,7 +121,7 @@ COMPLETION = BOTH | {
 
 class Route(NamedTuple):
     request: type[msgspec.Struct]
-    understand: Callable[[bytes, str | None], Call | HttpReply]
+    understand: Callable[[bytes, Authorization | None], Call | HttpReply]
     least: dict[str, Any]
     fields: dict[str, Field]
 

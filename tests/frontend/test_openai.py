@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from frontend.adapters import AdapterNames
+from frontend.authorization import Authorization
 from frontend.openai import DEFAULT_COMPLETION_TOKENS, OpenAI
 from pipeline.messages import AdapterKey, Logprobs, Prompt, Sampling
 from tests.frontend.fakes import BASE, call_of, json_of, make_adapter, refusal_of
@@ -135,7 +136,7 @@ def test_a_field_is_honoured(changes: dict[str, Any], attribute: str, expected: 
 
 
 def test_the_bearer_token_is_shown_to_the_adapters_source() -> None:
-    prompt = call_of(ROUTES.chat(chat(model="org/x"), "Bearer hf_t")).prompt
+    prompt = call_of(ROUTES.chat(chat(model="org/x"), Authorization(adapter_token="hf_t"))).prompt
     assert prompt.adapter_token == "hf_t"
 
 

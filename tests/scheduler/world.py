@@ -31,6 +31,8 @@ from pipeline.messages import (
     PromptLogprobs,
     ReleaseAdapter,
     Sampling,
+    Span,
+    Spans,
     Step,
     Submit,
     Tokens,
@@ -76,6 +78,7 @@ class World:
             max_tenant_running=self.settings.max_tenant_running,
         )
         self.watched = Watched(self.fair_share)
+        self.spans: list[Span] = []
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
@@ -129,6 +132,7 @@ class World:
         tenant: str = "",
         choices: int = 1,
         seed: int = 0,
+        trace: str = "",
     ) -> int:
         """Returns the request's number; that of its first choice."""
         request = Submit(
@@ -144,6 +148,7 @@ class World:
             logprobs=logprobs,
             tenant=tenant,
             choices=choices,
+            trace=trace,
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request
@@ -270,6 +275,9 @@ class World:
                 case AttachArena():
                     assert process == "gpu_worker"
                     self.arena_attached = True
+                case Spans():
+                    assert (process, index) == ("frontend", 0)
+                    self.spans += message.spans
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)

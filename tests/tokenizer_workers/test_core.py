@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from pipeline.messages import (
     AdapterKey,
     Alternative,
     Cancel,
+    ChatOptions,
     End,
     Failure,
     FailureKind,
@@ -25,6 +27,7 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     PromptLogprobs,
+    Rendered,
     Sampling,
     Shutdown,
     Submit,
@@ -407,3 +410,59 @@ def test_the_details_of_a_cancelled_prompt_are_not_told() -> None:
     assert [process for process, _, _ in sent(worker)] == ["scheduler", "scheduler"]
     worker.prompt_logprobs(PromptLogprobs(1, [pack(-1.0, [])]))
     assert sent(worker) == []
+
+
+def own_chat(request_id: int = 1, **given: Any) -> Prompt:
+    """A chat that brings its template."""
+    return msgspec.structs.replace(
+        prompt(request_id, **given),
+        text=None,
+        chat=[{"role": "user", "content": "Hi"}],
+        chat_options=ChatOptions(template="{{ 1 }}", add_special_tokens=True),
+    )
+
+
+def test_a_chat_with_a_template_of_its_own_waits_and_the_others_pass() -> None:
+    worker = core()
+    worker.prompt(own_chat(1), now=10.5)
+    worker.prompt(prompt(2), now=10.5)
+    assert [one.request_id for one in worker.take_renderings()] == [1]
+    assert worker.take_renderings() == []
+    assert worker.renders(1)
+    assert worker.requests == 2
+    assert [submit.request_id for submit in submits(worker)] == [2]
+
+    given = worker.rendered(Rendered(1, "abcd"), now=11.0)
+    assert given == own_chat(1)
+    (submit,) = submits(worker)
+    assert len(submit.token_ids) == 4 * 4
+    assert not worker.renders(1)
+
+
+def test_a_template_that_fails_ends_its_request() -> None:
+    worker = core()
+    worker.prompt(own_chat(1), now=10.5)
+    failed = Failure(422, FailureKind.TEMPLATE, "too slow (line 3)")
+    worker.rendered(Rendered(1, "", failed), now=12.0)
+    (to,) = worker.take_outbox()
+    assert isinstance(to.message, Pieces)
+    (ended,) = to.message.ends
+    assert ended.failure == failed
+    assert ended.usage.total_seconds == 2.0
+    assert worker.requests == 0
+
+
+def test_what_is_cancelled_while_its_template_runs_is_forgotten() -> None:
+    worker = core(frontends=2)
+    worker.prompt(own_chat(1), now=10.5)
+    worker.prompt(own_chat(SECOND_FRONTEND | 2), now=10.5)
+    worker.cancel(1)
+    worker.shutdown(1)
+    assert worker.take_renderings() == []
+    assert worker.rendered(Rendered(1, "abc"), now=11.0) is None
+    assert worker.rendered(Rendered(SECOND_FRONTEND | 2, "abc"), now=11.0) is None
+    assert worker.take_outbox() == []
+
+
+def submits(worker: Core) -> list[Submit]:
+    return [to.message for to in worker.take_outbox() if isinstance(to.message, Submit)]
