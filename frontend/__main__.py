@@ -34,6 +34,7 @@ from pipeline.messages import (
     PromptDetails,
     Stats,
     ToFrontend,
+    Tokenized,
 )
 from pipeline.metrics import snapshot
 from pipeline.process import run
@@ -105,6 +106,8 @@ async def serve(
                 downstream.deliver(message)
             case PromptDetails():
                 downstream.tell_prompt(message)
+            case Tokenized():
+                downstream.tokenized(message)
             case Stats():
                 processes.stats(message)
             case ProcessReady():

@@ -177,6 +177,7 @@ class Alternative(Value, frozen=True):
     text: str
     logprob: float
     data: bytes | None = None
+    special: bool = False
 
 
 class TokenDetail(Value, frozen=True):
@@ -233,6 +234,16 @@ class Prompt(Message, frozen=True):
     prompt_details: bool = False  # send the prompt's text back, and its tokens if logprobs has them
     choices: int = 1  # replies; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # each is an end as EOS is, whatever ignore_eos says
+    truncate: int | None = None  # keep so many tokens of the prompt, its last
+
+
+class Tokenize(Message, frozen=True):
+    """frontend -> tokenizer_workers: which tokens is this text? Answered by one Tokenized."""
+
+    question_id: int
+    frontend: int
+    text: str
+    add_special_tokens: bool = True
 
 
 class Cancel(Message, frozen=True):
@@ -619,6 +630,16 @@ class PromptDetails(Message, frozen=True):
     tokens: tuple[TokenDetail, ...] = ()  # if their log-probabilities are wanted
 
 
+class Tokenized(Message, frozen=True):
+    """tokenizer_workers -> frontend: the tokens of a text, or why they cannot be told."""
+
+    question_id: int
+    token_ids: bytes = b""
+    texts: tuple[str, ...] = ()  # as the vocabulary writes them
+    spans: bytes = b""  # int32[tokens, 2]: of the text, in characters
+    failure: Failure | None = None
+
+
 class Pieces(Message, frozen=True):
     """tokenizer_workers -> frontend: one message per step. A request's piece precedes its end."""
 
@@ -645,8 +666,10 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
-ToFrontend = Pieces | PromptDetails | ProcessReady | Stats | Aliases | AdminDone | AdapterList
-ToTokenizerWorker = Prompt | Cancel | Tokens | PromptLogprobs | Shutdown
+ToFrontend = (
+    Pieces | PromptDetails | Tokenized | ProcessReady | Stats | Aliases | AdminDone | AdapterList
+)
+ToTokenizerWorker = Prompt | Tokenize | Cancel | Tokens | PromptLogprobs | Shutdown
 ToScheduler = (
     Prefetch
     | Submit

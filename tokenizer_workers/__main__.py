@@ -14,6 +14,7 @@ from pipeline.messages import (
     PromptLogprobs,
     Shutdown,
     Stats,
+    Tokenize,
     Tokens,
     ToTokenizerWorker,
 )
@@ -53,6 +54,7 @@ class Worker:
         run_dir = settings.run_folder()
         self._inbox: Inbox[ToTokenizerWorker] = Inbox(run_dir, PROCESS, index, ToTokenizerWorker)
         self._outbox = Outbox(run_dir)
+        self._tokenized = model.encoder.tokenized
         self.core = Core(
             worker=index,
             frontends=settings.frontends,
@@ -91,6 +93,8 @@ class Worker:
                     self.core.prompt(message, time.monotonic())
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
+            case Tokenize():
+                self._outbox.send("frontend", self._tokenized(message), message.frontend)
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():
