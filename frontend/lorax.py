@@ -29,7 +29,6 @@ Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 # Options that change the answer and are not implemented -> the values that ask for nothing.
 # null asks for nothing everywhere.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "watermark": (False,),
     "response_format": (),
     "grammar": (),
 }
@@ -56,6 +55,7 @@ class Parameters(msgspec.Struct, kw_only=True):
     return_full_text: bool | None = None
     stop: str | list[str] | None = None
     truncate: Unsigned | None = None
+    watermark: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
     return_k_alternatives: int | None = None
@@ -67,7 +67,6 @@ class Parameters(msgspec.Struct, kw_only=True):
     min_p: float | None = None
     ignore_eos: bool | None = None
     # see NOT_IMPLEMENTED
-    watermark: Any = None
     response_format: Any = None
     grammar: Any = None
 
@@ -272,6 +271,7 @@ def _sampling(given: Parameters) -> Sampling:
         frequency_penalty=given.frequency_penalty or 0.0,
         presence_penalty=given.presence_penalty or 0.0,
         seed=random_seed() if given.seed is None else given.seed,
+        watermark=bool(given.watermark),
     )
 
 

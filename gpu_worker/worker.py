@@ -26,6 +26,7 @@ from gpu_worker.logprobs import PromptScores
 from gpu_worker.rows import NO_LOGPROBS, RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
+from gpu_worker.watermark import USUAL, Watermark
 from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
 
 
@@ -101,6 +102,7 @@ class Worker:
         figures: Figures,
         device: torch.device,
         index: int = 0,
+        watermark: Watermark = USUAL,
     ) -> None:
         self._forward = forward
         self.adapters = adapters
@@ -109,6 +111,7 @@ class Worker:
         self._figures = figures
         self._device = device
         self._index = index
+        self._watermark = watermark
         self._times_before: StepTimes | None = None  # of the step that ended last
 
     def attach_arena(self, arena: mmap) -> None:
@@ -234,6 +237,7 @@ class Worker:
             logprobs=table.top[rows] != NO_LOGPROBS,
             top=top,
             biases=table.biases.of_step(rows, lengths),
+            watermark=self._watermark,
         )
         tokens, logprobs = sample(logits, sampled)
         self.history.append(self._tensor(rows), self._tensor(sampled.lengths), tokens)

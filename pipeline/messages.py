@@ -157,6 +157,7 @@ class Sampling(Value, frozen=True):
     seed: int = 0  # uint64
     logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
     min_tokens: int = 0  # produced before a token that ends it may be
+    watermark: bool = False  # as gpu_worker.watermark does
 
 
 class Logprobs(Value, frozen=True):

@@ -4,6 +4,8 @@ The server prefills in chunks of 13 tokens, so that every prompt of these tests 
 """
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.end_to_end.oracle import Oracle
 from tests.end_to_end.server import Server
 
 STORY = "Once upon a time, in a small village at the foot of a mountain, there lived a woman who"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "detect_watermark.py"
 ADAPTERS = [None, "all_linear"]
 CLOSE = 2e-3  # both sides are fp32, and add up in another order
 
@@ -162,6 +165,20 @@ def test_a_stream_says_what_the_whole_reply_says_to_both_kinds_of_clients(
     del asked["return_k_alternatives"]
     told = list(client.generate_stream(STORY, **asked))
     assert told[-1].generated_text == whole.generated_text
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_watermark_is_found_where_there_is_one(server: Server, adapter: str | None) -> None:
+    def found(text: str, *flags: str) -> float:
+        command = [sys.executable, str(EXAMPLE), "--url", server.url, *flags]
+        run = subprocess.run(command, input=text, check=True, capture_output=True, text=True)
+        return float(run.stdout)
+
+    asked: dict[str, Any] = {"max_new_tokens": 150, "do_sample": True, "seed": 1}
+    marked = server.generate(STORY, adapter, watermark=True, **asked)["generated_text"]
+    plain = server.generate(STORY, adapter, **asked)["generated_text"]
+    assert found(marked) > 4 > found(plain)
+    assert found(marked, "--key", "1") < 4
 
 
 def test_a_text_is_tokenized_as_it_is_for_a_prompt(server: Server, oracle: Oracle) -> None:

@@ -149,7 +149,7 @@ LORAX_PARAMETERS = {
     "top_n_tokens": honoured("TGI's: the same, beside the tokens", 2, details=True),
     "apply_chat_template": honoured("the inputs are one message of a user", True),
     "seed": honoured("the same again", 5),
-    "watermark": refused("not there yet", True),
+    "watermark": honoured("Kirchenbauer's, found with the key of the settings", True),
     "response_format": refused("not there yet", {"type": "json_object", "schema": {}}),
     "grammar": refused("TGI's response_format; not there yet", {"type": "regex", "value": "a"}),
 }

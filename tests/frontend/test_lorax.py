@@ -153,6 +153,7 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         "frequency_penalty": 0.5,
         "presence_penalty": -0.5,
         "seed": (1 << 64) - 1,
+        "watermark": True,
     }
     assert prompt(**numbers).sampling == Sampling(**numbers)
 
@@ -189,7 +190,6 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         ({"return_k_alternatives": 0}, "`return_k_alternatives` must be strictly positive"),
         ({"return_k_alternatives": 21}, "`return_k_alternatives` must be <= 20. Given: 21"),
         ({"top_n_tokens": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
-        ({"watermark": True}, "`watermark` is not supported"),
         ({"grammar": {"type": "regex", "value": "a"}}, "`grammar` is not supported"),
         ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
         (
@@ -303,6 +303,7 @@ def test_another_source_fails_as_a_download_does() -> None:
         body(return_k_alternatives="3"),
         body(top_n_tokens=-1),
         body(apply_chat_template="yes"),
+        body(watermark=1),
     ],
 )
 def test_wrong_types_are_a_422_in_a_stream_too(wrong: bytes) -> None:
