@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar, assert_never
@@ -17,6 +18,7 @@ from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded,
 from adapter_loader.metrics import LOADS, ArenaCollector
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
+from adapter_loader.traces import LoadTraces
 from adapter_loader.workers import Workers
 from pipeline.arena import arena_path, create
 from pipeline.channels import Inbox, Outbox
@@ -34,6 +36,7 @@ from pipeline.messages import (
     ProcessReady,
     ReleaseAdapter,
     Shutdown,
+    Spans,
     Stats,
     ToAdapterLoader,
 )
@@ -73,6 +76,7 @@ class Loader:
             remember_seconds=settings.failed_load_seconds,
         )
         REGISTRY.register(ArenaCollector(self._core))
+        self._traces = LoadTraces()
         self._checked: dict[AdapterKey, Checked] = {}
         self._fetchers: dict[str, Workers] = {}  # by lane: a slow server holds up its own alone
         self._packers = Workers("pack", settings.loader_threads)
@@ -96,6 +100,7 @@ class Loader:
     def _on_message(self, message: ToAdapterLoader) -> None:
         match message:
             case LoadAdapter():
+                self._traces.asked(message, time.monotonic())
                 self._core.load(message, self._loop.time())
             case ReleaseAdapter():
                 if not self._core.release(message):
@@ -167,6 +172,7 @@ class Loader:
                 plan = result.plan
                 self._core.fetched(key, result.identity, plan.placed.nbytes, plan.ranks)
             case Unchanged():
+                self._traces.unchanged(key)
                 self._core.unchanged(key)
             case Failure():
                 self._core.failed(key, result, self._loop.time())
@@ -186,7 +192,10 @@ class Loader:
         self._act()
 
     def _send(self, answer: Answer) -> None:
+        spans = self._traces.answered(answer, time.monotonic())
         self._outbox.send("scheduler", answer)
+        if spans:
+            self._outbox.send("frontend", Spans(PROCESS, 0, spans))
         key = answer.adapter
         match answer:
             case AdapterFailed():

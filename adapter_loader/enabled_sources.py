@@ -6,6 +6,7 @@ from adapter_loader.bundled_model import cache_root
 from adapter_loader.remote.disk_cache import DiskCache
 from adapter_loader.remote.downloads import Downloads
 from adapter_loader.remote.http_client import HttpClient, Limits
+from adapter_loader.remote.last_seen import LastSeen
 from adapter_loader.remote.origins import Origin, named_origin, origin_of
 from adapter_loader.remote.retries import Retries
 from adapter_loader.sources import Source
@@ -22,17 +23,6 @@ def enabled_sources(settings: Settings) -> dict[str, Source]:
         raise ConfigError("pbase_gateway: it and pbase_bucket are of use only together")
     caches = Path(settings.cache).expanduser() if settings.cache else cache_root()
     retries = Retries(tries=settings.source_tries, seconds=settings.adapter_load_seconds)
-    sources: dict[str, Source] = {
-        "local": LocalSource(
-            roots=settings.adapter_roots(), max_adapter_bytes=settings.max_adapter_bytes
-        ),
-        "hub": HubSource(
-            token_caches=caches / "adapters",
-            max_adapter_bytes=settings.max_adapter_bytes,
-            share_token=settings.share_hub_token,
-            retries=retries,
-        ),
-    }
     limits = Limits(settings.source_connect_seconds, settings.source_stall_seconds)
     named = _named(settings)
     client = HttpClient(limits=limits, named=named)
@@ -42,6 +32,18 @@ def enabled_sources(settings: Settings) -> dict[str, Source]:
         retries=retries,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
+    sources: dict[str, Source] = {
+        "local": LocalSource(
+            roots=settings.adapter_roots(), max_adapter_bytes=settings.max_adapter_bytes
+        ),
+        "hub": HubSource(
+            downloads=downloads,
+            max_adapter_bytes=settings.max_adapter_bytes,
+            share_token=settings.share_hub_token,
+            stall_seconds=settings.source_stall_seconds,
+            commits=LastSeen(caches / "hub_commits"),
+        ),
+    }
     if settings.http_host:
         sources["http"] = HttpSource(named=named, client=client, downloads=downloads)
     if settings.s3_bucket or settings.pbase_gateway:

@@ -32,6 +32,7 @@ from benchmarks.machine import commit, machine
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
@@ -85,6 +86,8 @@ class Loader:
             for message in self._receive():
                 if isinstance(message, AdapterFailed):
                     raise SystemExit(message.failure.message)
+                if isinstance(message, AdapterDropped):  # another's place was needed
+                    continue
                 assert isinstance(message, AdapterStaged)
                 release = ReleaseAdapter(message.adapter, message.arena_offset)
                 self._outbox.send(PROCESS, release)

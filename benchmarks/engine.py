@@ -54,6 +54,8 @@ class Request(NamedTuple):
     token_ids: "array[int]"
     max_tokens: int
     adapter: str | None = None  # the name of a local one
+    sampling: Sampling = GREEDY
+    grammar: str = ""  # of pipeline.grammars.source_of
 
 
 class Reply:
@@ -166,8 +168,9 @@ class Engine:
             token_ids=request.token_ids.tobytes(),
             max_tokens=request.max_tokens,
             adapter=adapter,
-            sampling=GREEDY,
+            sampling=request.sampling,
             ignore_eos=True,
+            grammar=request.grammar,
         )
         if not self._replies:
             self._heard = now

@@ -153,7 +153,10 @@ class Ours:
         everyone = np.arange(len(texts))
         for _ in range(TOKENS):
             host = make_batch(Step(3, decode_rows=ints(everyone)), self.worker.rows)
-            yield self.worker.logits(host).float()
+            logits = self.worker.logits(host).float()
+            if logits.is_cuda:
+                torch.cuda.synchronize()  # no more steps in flight than the worker has buffers for
+            yield logits
             self.worker.rows.advance(everyone)
         self.worker.run(Step(4, free_rows=ints(everyone)))
 

@@ -26,6 +26,7 @@ def _product() -> Policy:
     return FairShare(
         max_overtaking_seconds=SETTINGS.max_overtaking_seconds,
         max_tenant_running=SETTINGS.max_tenant_running,
+        rows=SETTINGS.rows,
     )
 
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -21,6 +22,7 @@ from frontend.app import make_administration, make_app
 from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.processes import Processes
+from frontend.tracing import make_tracing
 from pipeline.adapter_roots import find_local
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
@@ -32,6 +34,7 @@ from pipeline.messages import (
     Pieces,
     ProcessReady,
     PromptDetails,
+    Spans,
     Stats,
     ToFrontend,
     Tokenized,
@@ -96,8 +99,14 @@ async def serve(
     administration = make_administration(
         settings, downstream=downstream, processes=processes, commands=commands
     )
+    tracing = make_tracing(settings, os.environ)
     app = make_app(
-        settings, index, downstream=downstream, processes=processes, administration=administration
+        settings,
+        index,
+        downstream=downstream,
+        processes=processes,
+        administration=administration,
+        tracing=tracing,
     )
 
     def receive(message: ToFrontend) -> None:
@@ -110,6 +119,9 @@ async def serve(
                 downstream.tokenized(message)
             case Stats():
                 processes.stats(message)
+            case Spans():
+                if tracing is not None:
+                    tracing.record(message)
             case ProcessReady():
                 if processes.ready(message) and index == 0:
                     print(ready_line(settings, listener), flush=True)
@@ -135,6 +147,8 @@ async def serve(
     downstream.shut_down()
     server.should_exit = True
     await serving
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
 
 
 def ready_line(settings: Settings, listener: socket.socket) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from frontend.adapter_ids import http_id, hub_id, local_path, pbase_id, s3_id, source_of_url
+from frontend.authorization import Authorization
 from frontend.parameters import ParameterError
 from pipeline.adapter_roots import MAX_ID_CHARACTERS, find_local, local_id
 from pipeline.config import SOURCES
@@ -19,10 +20,6 @@ SCOPE_BYTES = 16
 TOKENLESS = frozenset({"local", "s3"})  # sources that everybody may read
 
 FindAlias = Callable[[str], AdapterKey | None]
-
-# What people write where the openai client wants an api_key and they have none; in lower case.
-PLACEHOLDERS = frozenset({"empty", "none", "null", "dummy", "unused", "not-needed", "no-key"})
-FOREIGN_KEY = "sk-"  # keys of OpenAI's service begin so; no source of adapters is to see them
 
 
 # What clients of TGI, which has one model, send as `model` when they were not told any.
@@ -154,12 +151,12 @@ def written(key: AdapterKey) -> str:
     return f"{key.id}@{key.revision}" if key.revision else key.id
 
 
-def source_token(given: str | None, authorization: str | None) -> str | None:
-    """The secret for the adapter's source: `api_token`, or the bearer token if that is one.
+def source_token(given: str | None, authorization: Authorization | None) -> str | None:
+    """The secret for the adapter's source: `api_token`, or what a header shows for it.
 
     Raises ParameterError for what could not be sent in a header.
     """
-    token = given or _bearer(authorization)
+    token = given or (authorization.adapter_token if authorization else None)
     if token is None:
         return None
     if len(token) > MAX_TOKEN_CHARACTERS or not (token.isascii() and token.isprintable()):
@@ -169,23 +166,11 @@ def source_token(given: str | None, authorization: str | None) -> str | None:
     return token
 
 
-def tenant_of(given: str | None, authorization: str | None) -> str:
+def tenant_of(given: str | None, authorization: Authorization | None) -> str:
     """Whose share of the server a request takes, as a digest: the bearer token's, whatever it is
-    for, or else that of `api_token`; empty for those who send neither."""
-    return scope_of(_credential(authorization) or given)
-
-
-def _bearer(authorization: str | None) -> str | None:
-    token = _credential(authorization)
-    return None if token is None or token.startswith(FOREIGN_KEY) else token
-
-
-def _credential(authorization: str | None) -> str | None:
-    scheme, _, token = (authorization or "").partition(" ")
-    token = token.strip()
-    if scheme.lower() != "bearer" or not token or token.lower() in PLACEHOLDERS:
-        return None
-    return token
+    for, or else that of the adapter's source; empty for those who send neither."""
+    shown = authorization or Authorization()
+    return scope_of(shown.bearer or given or shown.adapter_token)
 
 
 def scope_of(token: str | None) -> str:

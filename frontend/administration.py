@@ -1,11 +1,10 @@
 """Routes that administer adapters: those of vLLM and SGLang, and our own.
 
-The Authorization header is the administrator's key here and goes to no source of adapters; a
-private adapter needs its `api_token` in the body.
+The Authorization header is the administrator's key here, or the server's where it has none, and
+goes to no source of adapters; a private adapter needs `api_token` in the body or X-Adapter-Token.
 """
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -18,6 +17,7 @@ from frontend import metrics
 from frontend.adapters import AdapterNames
 from frontend.administration_replies import OurReplies, Replies, SglangReplies, VllmReplies
 from frontend.aliases import Aliases
+from frontend.authorization import ServerKeys, adapter_token
 from frontend.commands import Commands
 from frontend.exchange import BodyTooLarge, ClientGone, HttpReply, header, is_json, read_body
 from frontend.parameters import MalformedJson, ParameterError, decode
@@ -95,6 +95,7 @@ class Administration:
         names: AdapterNames,
         paths: AdapterNames,
         aliases: Aliases,
+        keys: ServerKeys,
         commands: Commands,
         processes: Processes,
     ) -> None:
@@ -102,6 +103,7 @@ class Administration:
         self._names = names
         self._paths = paths
         self._aliases = aliases
+        self._keys = keys
         self._commands = commands
         self._processes = processes
 
@@ -122,7 +124,7 @@ class Administration:
     async def adapters(self, request: Request) -> HttpReply:
         """All adapters that are known; those that were read with a token for administrators."""
         listed = await self._commands.list()
-        if not self._is_admin(request):
+        if not self._keys.is_administrator(request.scope):
             listed = tuple(one for one in listed if not one.adapter.scope)
         return HttpReply(
             200, encode({"object": "list", "data": [self._described(one) for one in listed]})
@@ -157,18 +159,22 @@ class Administration:
         self, request: Request, route: _Route[B], decoder: msgspec.json.Decoder[B]
     ) -> HttpReply:
         """Raises ClientGone."""
+        name = ""
         try:
             self._check_admin(request)
             body = await self._read(request)
-            order = route.understand(decode(decoder, body))
+            understood = decode(decoder, body)
+            understood.api_token = understood.api_token or adapter_token(request.scope)
+            order = route.understand(understood)
+            name = order.command.name
             await self._commands.do(order.command)
         except MalformedJson as error:
-            return route.replies().refused(_error(400, str(error)))
+            return route.replies().refused(_error(400, str(error)), name)
         except RequestError as error:
-            return route.replies().refused(error)
+            return route.replies().refused(error, name)
         command = order.command
-        name = command.name or (command.adapter.id if command.adapter else "")
-        log.info("event=administered verb=%s adapter=%a", command.verb.value, name)
+        subject = name or (command.adapter.id if command.adapter else "")
+        log.info("event=administered verb=%s adapter=%a", command.verb.value, subject)
         return route.replies().done(order.sentence)
 
     def _check_admin(self, request: Request) -> None:
@@ -177,19 +183,11 @@ class Administration:
             raise _error(
                 403, "Adapters are not administered over HTTP here (allow_adapter_admin is off)"
             )
-        if not self._is_admin(request):
+        if not self._keys.is_administrator(request.scope):
             raise _error(401, "The administrator's key is missing or wrong")
         missing = self._processes.missing()
         if missing:
             raise _error(503, f"The server is starting; not ready yet: {', '.join(missing)}")
-
-    def _is_admin(self, request: Request) -> bool:
-        if not self._settings.allow_adapter_admin:
-            return False
-        key = self._settings.admin_api_key
-        scheme, _, given = (header(request.scope, b"authorization") or "").partition(" ")
-        shown = given.strip() if scheme.lower() == "bearer" else ""
-        return not key or hmac.compare_digest(shown.encode(), key.encode())
 
     async def _read(self, request: Request) -> bytes:
         """Raises RequestError and ClientGone."""

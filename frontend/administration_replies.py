@@ -1,6 +1,9 @@
 """What administrators are answered, in the words of vLLM and of SGLang.
 
-Controllers look at status, text and the words in errors, so these are kept.
+Controllers look at status, text and the words in errors ("has already been loaded" is as good as
+loaded to some, "cannot be found" as good as unloaded), so these are kept. They were read in
+vllm/entrypoints/openai/models/serving.py of vLLM, and in lora_manager.py, lora_registry.py and
+http_server.py of SGLang's runtime.
 """
 
 from collections.abc import Mapping
@@ -20,8 +23,10 @@ ERROR_TYPES = {
     401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
+    500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+USER_INPUT = "InvalidUserInput"  # the type of what vLLM itself finds wrong with a request
 
 encode = msgspec.json.Encoder().encode
 
@@ -31,20 +36,31 @@ class Replies(Protocol):
 
     def done(self, sentence: str) -> HttpReply: ...
 
-    def refused(self, error: RequestError) -> HttpReply: ...
+    def refused(self, error: RequestError, name: str) -> HttpReply:
+        """name is the one that the request was about; it may be empty."""
+        ...
 
 
 class VllmReplies:
     """A line of text; errors in OpenAI's shape with the status as their code."""
 
+    WORDS = {
+        FailureKind.NAME_TAKEN: (
+            "The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            "in place, set 'load_inplace' to True."
+        ),
+        FailureKind.NAME_UNKNOWN: "The lora adapter '{name}' cannot be found.",
+    }
+
     def done(self, sentence: str) -> HttpReply:
         return HttpReply(200, sentence.encode(), TEXT)
 
-    def refused(self, error: RequestError) -> HttpReply:
+    def refused(self, error: RequestError, name: str) -> HttpReply:
         status = _status(error)
+        by_user = status == 400 and error.kind != FailureKind.ADAPTER_INVALID
         body = {
-            "message": error.message,
-            "type": ERROR_TYPES.get(status, "BadRequestError"),
+            "message": _worded(self.WORDS, error, name=name),
+            "type": USER_INPUT if by_user else ERROR_TYPES.get(status, "BadRequestError"),
             "param": None,
             "code": status,
         }
@@ -61,17 +77,23 @@ class OurReplies(VllmReplies):
 class SglangReplies:
     """Always the same fields; names are those of the loaded adapters."""
 
+    WORDS = {
+        FailureKind.NAME_TAKEN: "Failed to load LoRA adapter {name} because it is already loaded",
+        FailureKind.NAME_UNKNOWN: "LoRA with name {name} does not exist. Loaded LoRAs: {loaded}",
+    }
+
     def __init__(self, names: Mapping[str, AdapterKey]) -> None:
         self._loaded = {name: written(key) for name, key in names.items()}
 
     def done(self, sentence: str) -> HttpReply:
         return HttpReply(200, self._body(success=True, error_message=""))
 
-    def refused(self, error: RequestError) -> HttpReply:
+    def refused(self, error: RequestError, name: str) -> HttpReply:
         status = _status(error)
         status = status if status in (401, 403, 503) else 400
+        message = _worded(self.WORDS, error, name=name, loaded=", ".join(self._loaded) or "none")
         return HttpReply(
-            status, self._body(success=False, error_message=error.message), JSON + _headers(status)
+            status, self._body(success=False, error_message=message), JSON + _headers(status)
         )
 
     def _body(self, *, success: bool, error_message: str) -> bytes:
@@ -82,6 +104,13 @@ class SglangReplies:
                 "loaded_adapters": self._loaded,
             }
         )
+
+
+def _worded(words: Mapping[FailureKind, str], error: RequestError, **values: str) -> str:
+    for kind, sentence in words.items():
+        if error.kind == kind:
+            return sentence.format(**values)
+    return error.message
 
 
 def _status(error: RequestError) -> int:

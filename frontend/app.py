@@ -2,20 +2,30 @@
 
 from collections.abc import Awaitable, Callable
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from frontend import metrics
+from frontend import docs_page, metrics, openapi
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import AdapterNames, FindAlias, UsedAdapters
 from frontend.administration import Administration
+from frontend.authorization import (
+    CHALLENGE,
+    OPEN,
+    SENTENCE,
+    Authorization,
+    Gate,
+    ServerKeys,
+)
 from frontend.calls import Call, Dialect
 from frontend.commands import Commands
 from frontend.downstream import Downstream
-from frontend.exchange import HttpReply
+from frontend.exchange import Headers, HttpReply
 from frontend.generate import Generate
 from frontend.lorax import Lorax
 from frontend.openai import OpenAI
@@ -23,6 +33,7 @@ from frontend.operations import Operations
 from frontend.processes import Processes
 from frontend.startup import Startup
 from frontend.tokenization import Tokenization
+from frontend.tracing import Tracing
 from pipeline.config import Settings
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
@@ -37,14 +48,17 @@ def make_app(
     downstream: Downstream,
     processes: Processes,
     administration: Administration,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
     openai, lorax = _dialects(settings, processes, _names(settings, downstream.aliases.find))
+    keys = ServerKeys(settings)
     used = UsedAdapters()
     adapter_metrics = AdapterMetrics(settings.adapter_labels)
     operations = Operations(
         settings,
         index,
+        keys=keys,
         processes=processes,
         admission=downstream.admission,
         used=used,
@@ -57,12 +71,14 @@ def make_app(
     metrics.IN_FLIGHT.set_function(lambda: downstream.admission.in_flight)
 
     def generate(
-        path: str, dialect: Dialect, understand: Callable[[bytes, str | None], Call | HttpReply]
+        path: str, dialect: Dialect, understand: Callable[[bytes, Authorization], Call | HttpReply]
     ) -> Route:
         endpoint = Generate(
             path,
             understand,
             dialect=dialect,
+            keys=keys,
+            tracing=tracing,
             downstream=downstream,
             processes=processes,
             used=used,
@@ -89,11 +105,33 @@ def make_app(
             Route("/tokenize", tokenization.endpoint, methods=["POST"]),
             Route("/info", operations.info),
             Route("/metrics", operations.metrics),
+            *_document_routes(operations.version, keys),
         ],
+        middleware=[_gate(settings, keys, openai, lorax)] if keys.are_needed else [],
         exception_handlers=_handlers(openai, lorax),
     )
     app.router.redirect_slashes = False
     return app
+
+
+def _document_routes(version: str, keys: ServerKeys) -> list[Route]:
+    described = openapi.document(version=version, keys_are_needed=keys.are_needed, open_paths=OPEN)
+    policy = (b"content-security-policy", docs_page.POLICY.encode())
+    html: Headers = ((b"content-type", b"text/html; charset=utf-8"), policy)
+    document = HttpReply(200, msgspec.json.encode(described))
+    page = HttpReply(200, docs_page.page(described), html)
+
+    async def show_document(request: Request) -> HttpReply:
+        return document
+
+    async def show_page(request: Request) -> HttpReply:
+        return page
+
+    return [
+        Route("/openapi.json", show_document),
+        Route("/api-doc/openapi.json", show_document),
+        Route("/docs", show_page),
+    ]
 
 
 def make_administration(
@@ -104,6 +142,7 @@ def make_administration(
         names=_names(settings, downstream.aliases.find),
         paths=_names(settings, lambda _name: None),
         aliases=downstream.aliases,
+        keys=ServerKeys(settings),
         commands=commands,
         processes=processes,
     )
@@ -127,6 +166,7 @@ def _dialects(
         adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
         max_choices=settings.max_choices,
+        allow_chat_template=settings.allow_chat_template,
     )
     lorax = Lorax(
         base_model=settings.model_id,
@@ -144,11 +184,23 @@ def _compute_type(processes: Processes) -> str:
     return f"{'gpu' if device.startswith('cuda') else 'cpu'}+optimized"
 
 
+def _gate(settings: Settings, keys: ServerKeys, openai: Dialect, lorax: Dialect) -> Middleware:
+    def refuse(path: str) -> HttpReply:
+        metrics.REQUESTS.labels(OTHER_ROUTE, 401).inc()
+        return _dialect_of(path, openai, lorax).http_error(401, SENTENCE, CHALLENGE)
+
+    return Middleware(Gate, keys=keys, protect_metrics=settings.protect_metrics, refuse=refuse)
+
+
+def _dialect_of(path: str, openai: Dialect, lorax: Dialect) -> Dialect:
+    return openai if path.startswith("/v1") else lorax
+
+
 def _handlers(openai: Dialect, lorax: Dialect) -> dict[type[Exception], Handler]:
     """What is said of errors that no route told of itself, in the words of the path's family."""
 
     def dialect_of(request: Request) -> Dialect:
-        return openai if request.url.path.startswith("/v1") else lorax
+        return _dialect_of(request.url.path, openai, lorax)
 
     async def http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

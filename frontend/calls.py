@@ -6,6 +6,7 @@ from typing import Protocol
 import msgspec
 
 from frontend.exchange import Headers, HttpReply
+from frontend.tracing import RequestSpan
 from pipeline.errors import RequestError
 from pipeline.messages import End, FailureKind, FinishReason, Piece, Prompt, PromptDetails, Usage
 
@@ -126,6 +127,7 @@ class Call(msgspec.Struct, frozen=True):
     shape: ReplyShape | ChoicesShape
     streamed: bool
     others: tuple[Prompt, ...] = ()
+    span: RequestSpan | None = None  # while it is traced
 
     @property
     def choices_shape(self) -> ChoicesShape:

@@ -207,9 +207,8 @@ class Downstream:
         try:
             if first.adapter is not None:
                 self.aliases.began(first.request_id, first.adapter)
-                self._send(
-                    "scheduler", Prefetch(first.adapter, first.adapter_token, first.tenant), 0
-                )
+                prefetch = Prefetch(first.adapter, first.adapter_token, first.tenant, first.trace)
+                self._send("scheduler", prefetch, 0)
             for prompt in numbered:
                 self._send("tokenizer_workers", prompt, worker)
             yield reply

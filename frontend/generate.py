@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from frontend import metrics
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import UsedAdapters
+from frontend.authorization import Authorization, ServerKeys
 from frontend.calls import Call, ChoicesShape, Dialect, Part, end_of_all, error_of
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
@@ -25,6 +27,7 @@ from frontend.exchange import (
 )
 from frontend.processes import Processes
 from frontend.sse import HEADERS, KEEP_ALIVE
+from frontend.tracing import RequestSpan, Tracing
 from pipeline.errors import RequestError
 from pipeline.messages import End
 
@@ -50,15 +53,17 @@ def _failed(parts: list[Part]) -> _Failed | None:
 class Generate:
     """One route, as an ASGI application.
 
-    understand  (body, Authorization header) -> what is asked for, or why it cannot be had
+    understand  (body, what its headers show) -> what is asked for, or why it cannot be had
     """
 
     def __init__(
         self,
         route: str,
-        understand: Callable[[bytes, str | None], Call | HttpReply],
+        understand: Callable[[bytes, Authorization], Call | HttpReply],
         *,
         dialect: Dialect,
+        keys: ServerKeys,
+        tracing: Tracing | None,
         downstream: Downstream,
         processes: Processes,
         used: UsedAdapters,
@@ -68,6 +73,8 @@ class Generate:
         self._route = route
         self._understand = understand
         self._dialect = dialect
+        self._keys = keys
+        self._tracing = tracing
         self._downstream = downstream
         self._processes = processes
         self._used = used
@@ -76,15 +83,21 @@ class Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived = time.monotonic()
+        span = None if self._tracing is None else self._tracing.begin(self._route, scope, arrived)
+        status = CLIENT_GONE
         try:
             understood = await self._read(scope, receive)
             if isinstance(understood, Call):
+                understood = traced(understood, span)
                 status = await self._answer(understood, arrived, scope, receive, send)
             else:
                 status = understood.status
                 await understood(scope, receive, send)
         except ClientGone:
-            status = CLIENT_GONE
+            pass
+        finally:
+            if span is not None:
+                span.end(status)
         metrics.REQUESTS.labels(self._route, status).inc()
 
     async def _read(self, scope: Scope, receive: Receive) -> Call | HttpReply:
@@ -105,7 +118,7 @@ class Generate:
             return self._dialect.http_error(
                 413, f"The body is larger than {self._max_body_bytes} bytes"
             )
-        return self._understand(body, header(scope, b"authorization"))
+        return self._understand(body, self._keys.read(scope))
 
     async def _answer(
         self, call: Call, arrived: float, scope: Scope, receive: Receive, send: Send
@@ -200,6 +213,9 @@ class Generate:
 
     def _account(self, call: Call, end: End, arrived: float) -> None:
         metrics.REQUEST_SECONDS.labels(self._route).observe(time.monotonic() - arrived)
+        metrics.ENDS.labels(end.reason.value).inc()
+        if call.span is not None:
+            call.span.generated(call.prompt.adapter, end)
         adapter = call.prompt.adapter
         if adapter is not None:
             self._adapter_metrics.count(adapter, end.reason, end.usage)
@@ -213,8 +229,15 @@ class Generate:
                 error.kind,
             )
             return
-        metrics.PROMPT_TOKENS.inc(end.usage.prompt_tokens)
-        metrics.GENERATED_TOKENS.inc(end.usage.completion_tokens)
+        metrics.count_answer(end.usage)
         if adapter is not None:
             for part in adapter.parts:
                 self._used.add(part)
+
+
+def traced(call: Call, span: RequestSpan | None) -> Call:
+    """The call, whose prompt says so to all whom it comes to if it is traced."""
+    if span is None or not span.traceparent:
+        return call
+    prompt = msgspec.structs.replace(call.prompt, trace=span.traceparent)
+    return msgspec.structs.replace(call, prompt=prompt, span=span)

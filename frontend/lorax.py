@@ -1,12 +1,13 @@
 """LoRAX's requests: what they say, what of it is honoured, and the Call that comes of it."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token, tenant_of
+from frontend.authorization import Authorization
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
 from frontend.lorax_choices import LoraxChoices
@@ -17,21 +18,21 @@ from frontend.parameters import (
     MalformedJson,
     ParameterError,
     decode,
-    is_neutral,
     random_seed,
     stop_strings,
 )
+from frontend.structured import ResponseFormat
 from pipeline.errors import RequestError
-from pipeline.messages import MAX_TOP_LOGPROBS, FailureKind, Logprobs, Prompt, Sampling
+from pipeline.messages import (
+    MAX_TOP_LOGPROBS,
+    FailureKind,
+    Grammar,
+    Logprobs,
+    Prompt,
+    Sampling,
+)
 
 Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-
-# Options that change the answer and are not implemented -> the values that ask for nothing.
-# null asks for nothing everywhere.
-NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "response_format": (),
-    "grammar": (),
-}
 
 
 class Parameters(msgspec.Struct, kw_only=True):
@@ -66,9 +67,8 @@ class Parameters(msgspec.Struct, kw_only=True):
     # neither's
     min_p: float | None = None
     ignore_eos: bool | None = None
-    # see NOT_IMPLEMENTED
-    response_format: Any = None
-    grammar: Any = None
+    grammar: ResponseFormat | None = None  # TGI's name for response_format
+    response_format: ResponseFormat | None = None
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -109,20 +109,20 @@ class Lorax:
         """See calls.Dialect."""
         return refusal(error, streamed=False)
 
-    def compatible(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def compatible(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /: streamed if it says so, else a list of one reply."""
         return self._understand(body, authorization, streamed=None)
 
-    def generate(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def generate(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /generate"""
         return self._understand(body, authorization, streamed=False)
 
-    def generate_stream(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def generate_stream(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """POST /generate_stream"""
         return self._understand(body, authorization, streamed=True)
 
     def _understand(
-        self, body: bytes, authorization: str | None, *, streamed: bool | None
+        self, body: bytes, authorization: Authorization | None, *, streamed: bool | None
     ) -> Call | HttpReply:
         try:
             request = decode(self._requests, body)
@@ -142,7 +142,12 @@ class Lorax:
             return refusal(error, streamed=stream)
 
     def _call(
-        self, request: Request, authorization: str | None, *, streamed: bool, in_list: bool
+        self,
+        request: Request,
+        authorization: Authorization | None,
+        *,
+        streamed: bool,
+        in_list: bool,
     ) -> Call:
         parameters = request.parameters or Parameters()
         self._check_first(parameters, streamed=streamed)
@@ -179,6 +184,7 @@ class Lorax:
             prompt_details=scored,
             choices=best_of,
             truncate=parameters.truncate,
+            grammar=_grammar(parameters),
         )
         asked = Asked(
             inputs=request.inputs,
@@ -201,9 +207,6 @@ class Lorax:
         """What LoRAX looks at before the ranges, in its order. Raises ParameterError."""
         if streamed:
             _check_streamable(parameters)
-        for name, neutral in NOT_IMPLEMENTED.items():
-            if not is_neutral(getattr(parameters, name), neutral):
-                raise ParameterError(name, f"`{name}` is not supported")
         best_of, most = parameters.best_of, self._max_best_of
         if best_of is not None and best_of > 1 and most == 1:
             raise ParameterError("best_of", "`best_of` != 1 is not allowed for this endpoint")
@@ -219,7 +222,7 @@ class Lorax:
             )
         check_weights(parameters.merged_adapters)
 
-    def _wanted(self, parameters: Parameters, authorization: str | None) -> Wanted | None:
+    def _wanted(self, parameters: Parameters, authorization: Authorization | None) -> Wanted | None:
         token = source_token(parameters.api_token, authorization)
 
         def find(name: str | None) -> Wanted | None:
@@ -230,6 +233,16 @@ class Lorax:
         if parameters.merged_adapters is None:
             return find(parameters.adapter_id)
         return merged(parameters.merged_adapters, find)
+
+
+def _grammar(parameters: Parameters) -> Grammar | None:
+    if parameters.response_format is not None and parameters.grammar is not None:
+        raise ParameterError("grammar", "`grammar` and `response_format` are the same; give one")
+    if parameters.grammar is not None:
+        return parameters.grammar.grammar("grammar")
+    if parameters.response_format is not None:
+        return parameters.response_format.grammar("response_format")
+    return None
 
 
 def _check_streamable(parameters: Parameters) -> None:

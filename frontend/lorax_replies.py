@@ -44,6 +44,7 @@ GENERATION = _Word(424, "generation", "Request failed during generation: ")
 WORDS: dict[str, _Word] = {
     FailureKind.VALIDATION: _Word(422, "validation", "Input validation error: "),
     FailureKind.TEMPLATE: _Word(422, "template_error", "Failed applying chat template to inputs: "),
+    FailureKind.GRAMMAR: _Word(422, "validation", "Input validation error: "),
     FailureKind.ADAPTER_NOT_FOUND: GENERATION,
     FailureKind.ADAPTER_FORBIDDEN: GENERATION,
     FailureKind.ADAPTER_INVALID: GENERATION,
@@ -55,6 +56,7 @@ WORDS: dict[str, _Word] = {
 }
 HTTP_ERROR_TYPES = {
     400: "bad_request",
+    401: "unauthorized",
     404: "not_found",
     405: "method_not_allowed",
     413: "payload_too_large",

@@ -67,14 +67,18 @@ def merged(given: MergedAdapters, find: Callable[[str], Wanted | None]) -> Wante
 def _weights(given: MergedAdapters) -> list[float]:
     if not given.ids:
         raise ParameterError(
-            "merged_adapters", "at least one adapter ID must be provided when setting `adapters`"
+            "merged_adapters",
+            "at least one adapter ID must be provided when setting `adapters`",
+            status=422,
         )
     if len(given.ids) > MAX_PARTS:
         raise _error("ids", f"can have at most {MAX_PARTS} adapters. Given: {len(given.ids)}")
     weights = [1.0] * len(given.ids) if given.weights is None else given.weights
     if len(weights) != len(given.ids):
         raise ParameterError(
-            "merged_adapters", "number of adapter IDs must match number of adapter weights"
+            "merged_adapters",
+            "number of adapter IDs must match number of adapter weights",
+            status=422,
         )
     if not all(map(math.isfinite, weights)):
         raise _error("weights", "must be finite")
@@ -116,4 +120,6 @@ def _describe(merge: Merge) -> str:
 
 
 def _error(field: str, sentence: str) -> ParameterError:
-    return ParameterError(f"merged_adapters.{field}", f"`merged_adapters.{field}` {sentence}")
+    return ParameterError(
+        f"merged_adapters.{field}", f"`merged_adapters.{field}` {sentence}", status=422
+    )

@@ -2,9 +2,12 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from pipeline.messages import Usage
 from pipeline.metrics import REGISTRY
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+TOKEN_TIMES = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1, 2.5)
 ADAPTER_SECONDS = (0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)  # few: once for each adapter
 
 REQUESTS = Counter(
@@ -42,6 +45,30 @@ PROMPT_TOKENS = Counter(
 GENERATED_TOKENS = Counter(
     "loradex_generated_tokens", "Tokens of the replies that ended well", registry=REGISTRY
 )
+ENDS = Counter(
+    "loradex_request_ends",
+    "Accepted requests that have ended, by the reason",
+    ("reason",),
+    registry=REGISTRY,
+)
+REQUEST_PROMPT_TOKENS = Histogram(
+    "loradex_request_prompt_tokens",
+    "Tokens of the prompt of a request that was answered",
+    buckets=TOKENS,
+    registry=REGISTRY,
+)
+REQUEST_GENERATED_TOKENS = Histogram(
+    "loradex_request_generated_tokens",
+    "Tokens of the reply of a request that was answered",
+    buckets=TOKENS,
+    registry=REGISTRY,
+)
+TOKEN_SECONDS = Histogram(
+    "loradex_token_seconds",
+    "Mean time from a token to the next, of a request that was answered",
+    buckets=TOKEN_TIMES,
+    registry=REGISTRY,
+)
 ADAPTER_REQUESTS = Counter(
     "loradex_adapter_requests",
     "Requests that have ended, by adapter; the outcome is `answered` or `failed`",
@@ -61,3 +88,15 @@ ADAPTER_FIRST_TOKEN_SECONDS = Histogram(
     buckets=ADAPTER_SECONDS,
     registry=REGISTRY,
 )
+
+
+def count_answer(usage: Usage) -> None:
+    """A request has ended well."""
+    prompt, generated = usage.prompt_tokens, usage.completion_tokens
+    PROMPT_TOKENS.inc(prompt)
+    GENERATED_TOKENS.inc(generated)
+    REQUEST_PROMPT_TOKENS.observe(prompt)
+    REQUEST_GENERATED_TOKENS.observe(generated)
+    if generated > 1:
+        seconds = usage.total_seconds - usage.first_token_seconds
+        TOKEN_SECONDS.observe(seconds / (generated - 1))

@@ -9,7 +9,9 @@ import msgspec
 from msgspec import Meta
 
 from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
+from frontend.authorization import Authorization
 from frontend.calls import Call
+from frontend.chat_options import chat_options
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
 from frontend.openai_choices import Choices, Shown
@@ -31,9 +33,20 @@ from frontend.parameters import (
     random_seed,
     stop_strings,
 )
+from frontend.structured import Guided, ResponseFormat, StructuredOutputs, one_grammar
+from frontend.tools import Tool, ToolCall, read_tools
 from pipeline.choices import seed_of
 from pipeline.errors import RequestError
-from pipeline.messages import MAX_TOP_LOGPROBS, Logprobs, Prompt, Sampling
+from pipeline.messages import (
+    MAX_TOP_LOGPROBS,
+    Grammar,
+    GrammarKind,
+    Logprobs,
+    Prompt,
+    Sampling,
+    ToolChoice,
+    Tools,
+)
 
 MAX_BIASES = 300  # OpenAI's
 MAX_TOKEN_ID = (1 << 31) - 1
@@ -43,11 +56,9 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat goes on as long as it fits
 # null asks for nothing everywhere.
 NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
+    "guided_whitespace_pattern": (),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": (),
@@ -61,7 +72,6 @@ EMPTY_IN_MESSAGE: dict[str, tuple[object, ...]] = {
     "refusal": (),
     "annotations": ([],),
     "audio": (),
-    "tool_calls": ([],),
     "function_call": (),
 }
 
@@ -83,14 +93,16 @@ class Part(msgspec.Struct, forbid_unknown_fields=True):
 class ChatMessage(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """A message, also one that comes from an earlier reply with all of its empty fields."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None  # of a tool's
+    parsed: Any = None  # ignored: OpenAI's client adds it to what it has parsed
     # see EMPTY_IN_MESSAGE
     refusal: Any = None
     annotations: Any = None
     audio: Any = None
-    tool_calls: Any = None
     function_call: Any = None
 
 
@@ -126,6 +138,16 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+    # grammars, see structured
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_decoding_backend: Any = None  # ignored: there is one
+    # see NOT_IMPLEMENTED
+    guided_whitespace_pattern: Any = None
     # ignored, since they do not change the answer
     user: Any = None
     metadata: Any = None
@@ -143,20 +165,26 @@ class ChatRequest(Request, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Top | None = None
-    # see NOT_IMPLEMENTED
-    tools: Any = None
+    # vLLM's, see chat_options
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    tools: list[Tool] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    tool_prompt: str | None = None  # LoRAX's
+    # see NOT_IMPLEMENTED
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     web_search_options: Any = None
     prediction: Any = None
-    # ignored: there are no tools to call
-    parallel_tool_calls: Any = None
 
 
 class CompletionRequest(Request, kw_only=True):
@@ -185,7 +213,9 @@ class OpenAI:
         adapters: AdapterNames,
         max_stop_sequences: int,
         max_choices: int,
+        allow_chat_template: bool = False,
     ) -> None:
+        self._allow_chat_template = allow_chat_template
         self._base_model = base_model
         self._adapters = adapters
         self._max_stop_sequences = max_stop_sequences
@@ -201,15 +231,15 @@ class OpenAI:
         """See calls.Dialect."""
         return refusal(error)
 
-    def chat(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def chat(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a chat asks for, or why it cannot be had."""
         return _understand(lambda: self._chat(decode(self._chats, body), authorization))
 
-    def completion(self, body: bytes, authorization: str | None) -> Call | HttpReply:
+    def completion(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a completion asks for, or why it cannot be had."""
         return _understand(lambda: self._completion(decode(self._completions, body), authorization))
 
-    def _chat(self, request: ChatRequest, authorization: str | None) -> Call:
+    def _chat(self, request: ChatRequest, authorization: Authorization | None) -> Call:
         prompt = self._prompt(request, authorization)
         logprobs = _chat_logprobs(request)
         prompt = msgspec.structs.replace(
@@ -219,6 +249,8 @@ class OpenAI:
             logprobs=logprobs,
             token_details=logprobs is not None,
             choices=self._checked_choices("n", request.n or 1),
+            chat_options=chat_options(request, allow_template=self._allow_chat_template),
+            tools=_tools(request, prompt.grammar),
         )
         _check_min_tokens(prompt)
         model, identity = request.model or self._base_model, Identity()
@@ -229,12 +261,13 @@ class OpenAI:
                 index=index,
                 identity=identity,
                 logprobs=None if logprobs is None else ChatLogprobs(),
+                may_call=prompt.tools is not None,
             )
             for index in range(prompt.choices)
         ]
         return _call(request, [prompt], shapes, Shown(made=prompt.choices, shown=prompt.choices))
 
-    def _completion(self, request: CompletionRequest, authorization: str | None) -> Call:
+    def _completion(self, request: CompletionRequest, authorization: Authorization | None) -> Call:
         texts = prompts_of(request.prompt)
         shown = _shown(request, prompts=len(texts))
         self._checked_choices("best_of" if request.best_of else "n", shown.prompts * shown.made)
@@ -273,7 +306,7 @@ class OpenAI:
             )
         return choices
 
-    def _prompt(self, request: Request, authorization: str | None) -> Prompt:
+    def _prompt(self, request: Request, authorization: Authorization | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
         _check_implemented(request, NOT_IMPLEMENTED)
         wanted = self._wanted(request, authorization)
@@ -287,9 +320,10 @@ class OpenAI:
             ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
             tenant=tenant_of(request.api_token, authorization),
             stop_token_ids=tuple(request.stop_token_ids or ()),
+            grammar=_grammar(request),
         )
 
-    def _wanted(self, request: Request, authorization: str | None) -> Wanted | None:
+    def _wanted(self, request: Request, authorization: Authorization | None) -> Wanted | None:
         token = source_token(request.api_token, authorization)
 
         def find(name: str) -> Wanted | None:
@@ -332,6 +366,14 @@ def _messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     plain = []
     for at, message in enumerate(messages):
         _check_implemented(message, EMPTY_IN_MESSAGE, f"messages[{at}].")
+        if message.role == "tool" and message.tool_call_id is None:
+            raise ParameterError(
+                f"messages[{at}].tool_call_id", f"`messages[{at}].tool_call_id` is missing"
+            )
+        if message.tool_calls and message.role != "assistant":
+            raise ParameterError(
+                f"messages[{at}].tool_calls", f"`messages[{at}].tool_calls` is the assistant's"
+            )
         if message.content is None and message.role != "assistant":
             raise ParameterError(
                 f"messages[{at}].content", f"`messages[{at}].content` cannot be null"
@@ -340,8 +382,40 @@ def _messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"role": role, "content": msgspec.to_builtins(message.content or "")}
         if message.name is not None:
             one["name"] = message.name
+        if message.tool_calls:
+            one["tool_calls"] = [call.plain() for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            one["tool_call_id"] = message.tool_call_id
         plain.append(one)
     return plain
+
+
+def _grammar(request: Request) -> Grammar | None:
+    return one_grammar(
+        request.response_format,
+        request.structured_outputs,
+        Guided(
+            json=request.guided_json,
+            regex=request.guided_regex,
+            choice=request.guided_choice,
+            grammar=request.guided_grammar,
+        ),
+    )
+
+
+def _tools(request: ChatRequest, grammar: Grammar | None) -> Tools | None:
+    """A reply that may be a call or must match a grammar is one or the other."""
+    tools = read_tools(
+        request.tools,
+        request.tool_choice,
+        parallel=request.parallel_tool_calls,
+        prompt=request.tool_prompt,
+    )
+    if tools is None or grammar is None or grammar.kind is GrammarKind.JSON_SCHEMA:
+        return tools
+    if tools.choice is not ToolChoice.NONE:
+        raise ParameterError("tools", "`tools` go with JSON schemas only, of all grammars")
+    return tools
 
 
 def _max_chat_tokens(request: ChatRequest) -> int | None:

@@ -10,6 +10,7 @@ from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
 from frontend.openai_logprobs import LogprobsShape
 from frontend.parameters import ParameterError
 from frontend.sse import DONE, event
+from frontend.tool_call_replies import call_delta, whole_calls
 from pipeline.errors import RequestError
 from pipeline.messages import End, FailureKind, FinishReason, Piece, Usage
 
@@ -31,7 +32,8 @@ class _Word(msgspec.Struct, frozen=True):
 
 WORDS: dict[str, _Word] = {
     FailureKind.VALIDATION: _Word(400, "invalid_request_error", None),
-    FailureKind.TEMPLATE: _Word(400, "invalid_request_error", "template_error"),
+    FailureKind.TEMPLATE: _Word(422, "invalid_request_error", "template_error"),
+    FailureKind.GRAMMAR: _Word(422, "invalid_request_error", "invalid_grammar"),
     FailureKind.ADAPTER_NOT_FOUND: _Word(404, "invalid_request_error", "model_not_found"),
     FailureKind.ADAPTER_FORBIDDEN: _Word(403, "permission_error", "model_forbidden"),
     FailureKind.ADAPTER_INVALID: _Word(422, "invalid_request_error", "model_invalid"),
@@ -42,6 +44,7 @@ WORDS: dict[str, _Word] = {
     FailureKind.INTERNAL: _Word(500, "server_error", "internal_error"),
 }
 HTTP_CODES = {
+    401: "invalid_api_key",
     404: "unknown_url",
     405: "method_not_allowed",
     413: "request_too_large",
@@ -63,7 +66,8 @@ def http_error(status: int, message: str, headers: Headers = ()) -> HttpReply:
 def refusal(error: RequestError) -> HttpReply:
     """See calls.Dialect."""
     word = WORDS[error.kind]
-    return HttpReply(word.status, _error_of(error), JSON + word.headers)
+    status = error.status if isinstance(error, ParameterError) else word.status
+    return HttpReply(status, _error_of(error), JSON + word.headers)
 
 
 def _error_of(error: RequestError) -> bytes:
@@ -226,14 +230,57 @@ class ChatShape(Shape):
     AFTER_TEXT = b"}"
     LAST_CHOICE = {"delta": {}}
 
+    def __init__(
+        self,
+        *,
+        model: str,
+        include_usage: bool,
+        index: int = 0,
+        identity: Identity | None = None,
+        logprobs: LogprobsShape | None = None,
+        may_call: bool = False,
+    ) -> None:
+        super().__init__(
+            model=model,
+            include_usage=include_usage,
+            index=index,
+            identity=identity,
+            logprobs=logprobs,
+        )
+        self._may_call = may_call
+        self._has_called = False
+
     def opening(self) -> bytes:
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        content = None if self._may_call else ""
+        return self._delta({"role": "assistant", "content": content, "refusal": None})
+
+    def events(self, pieces: list[Piece]) -> bytes:
+        if not self._may_call:
+            return super().events(pieces)
+        events = b""
+        for piece in pieces:
+            events += super().events([piece])
+            self._has_called = self._has_called or bool(piece.tool_calls)
+            events += b"".join([self._delta(call_delta(part)) for part in piece.tool_calls])
+        return events
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
         choice = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
         return self._chunk([choice])
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join([piece.text for piece in pieces])
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls := whole_calls(pieces):
+            message |= {"content": text or None, "tool_calls": calls}
+        return {"message": message}
+
+    def _finish_reason(self, pieces: list[Piece], end: End) -> str:
+        """A reply that was cut off may lack the rest of a call."""
+        called = self._has_called or any(piece.tool_calls for piece in pieces)
+        if called and end.reason is not FinishReason.LENGTH:
+            return "tool_calls"
+        return super()._finish_reason(pieces, end)
 
 
 class CompletionShape(Shape):

@@ -13,8 +13,10 @@ from starlette.requests import Request
 from frontend.adapters import UsedAdapters, scope_of, source_token, written
 from frontend.admission import Admission
 from frontend.aliases import Aliases
+from frontend.authorization import ServerKeys
 from frontend.exchange import RETRY, HttpReply
 from frontend.lorax_replies import unhealthy
+from frontend.metric_aliases import with_aliases
 from frontend.openai_replies import refusal
 from frontend.parameters import ParameterError
 from frontend.processes import Processes
@@ -37,6 +39,7 @@ class Operations:
         settings: Settings,
         index: int,
         *,
+        keys: ServerKeys,
         processes: Processes,
         admission: Admission,
         used: UsedAdapters,
@@ -44,12 +47,13 @@ class Operations:
     ) -> None:
         self._settings = settings
         self._index = index
+        self._keys = keys
         self._processes = processes
         self._admission = admission
         self._used = used
         self._aliases = aliases
         self._started = int(time.time())
-        self._version = _version()
+        self.version = _version()
 
     async def health(self, request: Request) -> HttpReply:
         """200 when a request would be let in, as far as that is for us to say; else 503."""
@@ -84,7 +88,7 @@ class Operations:
                     "max_waiting_tokens": None,
                     "validation_workers": settings.tokenizer_workers,
                     "eager_prefill": None,
-                    "version": self._version,
+                    "version": self.version,
                     "sha": None,
                     "docker_label": None,
                     "request_logger_url": None,
@@ -94,15 +98,17 @@ class Operations:
         )
 
     async def metrics(self, request: Request) -> HttpReply:
-        """Prometheus' text format: every process as it last reported, this one as it is."""
+        """Prometheus' text format: every process as it last reported, this one as it is; each under
+        the names of others too."""
         families = self._processes.families()
         families[("frontend", self._index)] = snapshot()
-        return HttpReply(200, exposition(families), METRICS_TYPE)
+        named = {at: with_aliases(one, self._settings.model_id) for at, one in families.items()}
+        return HttpReply(200, exposition(named), METRICS_TYPE)
 
     async def models(self, request: Request) -> HttpReply:
         """The base model, and the adapters that are known: named ones, local ones, those in use."""
         try:
-            token = source_token(None, request.headers.get("authorization"))
+            token = source_token(None, self._keys.read(request.scope))
         except ParameterError as error:
             return refusal(error)
         roots = self._settings.adapter_roots()

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
@@ -11,15 +12,19 @@ from pipeline.messages import FailureKind
 
 SEED_BITS = 63  # of a seed that we choose: it fits a signed integer of any client
 MAX_SEED = (1 << 64) - 1
+MAX_DEPTH = 100  # of what a client may nest in a field of any shape
 
 T = TypeVar("T")
 
 
 class ParameterError(RequestError):
-    """A parameter cannot be honoured. `parameter` is its name or a path to it, if it has one."""
+    """A parameter cannot be honoured. `parameter` is its name or a path to it, if it has one.
 
-    def __init__(self, parameter: str | None, message: str) -> None:
-        super().__init__(400, FailureKind.VALIDATION, message)
+    status  where it is told: LoRAX has one for all
+    """
+
+    def __init__(self, parameter: str | None, message: str, status: int = 400) -> None:
+        super().__init__(status, FailureKind.VALIDATION, message)
         self.parameter = parameter
 
 
@@ -69,3 +74,29 @@ def stop_strings(stop: str | list[str] | None, limit: int) -> tuple[str, ...]:
 def is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
     """Whether an option that is not implemented was given a value that asks for nothing."""
     return value is None or any(value == one and type(value) is type(one) for one in neutral)
+
+
+def check_travels(name: str, value: object) -> None:
+    """JSON has greater integers than a message, and it may be nested so deeply that one of those
+    who read it later could not. Raises ParameterError."""
+    level: list[object] = [value] if value else []
+    for _ in range(MAX_DEPTH):
+        if not level:
+            break
+        level = [inner for outer in level for inner in _inside(outer)]
+    else:
+        raise ParameterError(name, f"`{name}` is nested more than {MAX_DEPTH} deep")
+    try:
+        msgspec.msgpack.encode(value)
+    except OverflowError as error:
+        raise ParameterError(name, f"`{name}` has an integer of more than 64 bits") from error
+
+
+def _inside(value: object) -> Iterable[object]:
+    match value:
+        case dict():
+            return value.values()
+        case list():
+            return value
+        case _:
+            return ()

@@ -10,6 +10,7 @@ from typing import assert_never
 
 from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
+from gpu_worker.prefill_traces import PrefillTraces
 from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
@@ -17,9 +18,11 @@ from pipeline.config import Settings
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
+    CompileGrammar,
     PlaceAdapter,
     ProcessReady,
     Shutdown,
+    Spans,
     Stats,
     Step,
     ToGpuWorker,
@@ -30,6 +33,7 @@ from pipeline.process import run
 
 NAME = "gpu_worker"
 POLL_SECONDS = 20e-6  # between two looks at a device that is busy
+COMPILING_MS = 1  # between two looks at whether a grammar is compiled
 COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies between steps
 
 
@@ -54,6 +58,7 @@ class Process:
         self._inbox = inbox
         self._outbox = outbox
         self._launched: deque[Launched] = deque()
+        self._prefills = PrefillTraces()
         built = build_worker(settings, model_folder(settings), Figures(), index)
         self._worker = built.worker
         outbox.send("scheduler", built.ready)
@@ -68,12 +73,17 @@ class Process:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
             wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
+            if self._worker.grammars.is_compiling:
+                wait_ms = min(wait_ms, COMPILING_MS)
             messages = self._inbox.receive(wait_ms)
+            sampled = self._worker.sample_launched()
             went_on = not messages and self._worker.advance(0)
             for message in messages:
                 match message:
                     case Step():
                         self._step(message)
+                    case CompileGrammar():
+                        self._worker.grammars.compile(message)
                     case PlaceAdapter():
                         self._worker.place(message)
                     case AttachArena():
@@ -83,13 +93,15 @@ class Process:
                     case _:
                         assert_never(message)
             placed, done = self._send_placed(), self._send_done()
-            if not (placed or done or messages or went_on) and self._is_busy:
+            self._send_compiled()
+            if not (placed or done or messages or went_on or sampled) and self._is_busy:
                 time.sleep(POLL_SECONDS)
 
     def _step(self, message: Step) -> None:
         """Launch it. On a CPU it is over then: its tokens go out, and adapters get their share of
         the time, before the next step that has come already."""
         start = time.monotonic()
+        self._prefills.launched(message, start)
         self._launched.append(self._worker.launch(message))
         self._send_placed()
         self._send_done()
@@ -106,13 +118,21 @@ class Process:
             self._outbox.send("scheduler", AdapterPlaced(slot, index=self._index))
         return bool(slots)
 
+    def _send_compiled(self) -> None:
+        for answer in self._worker.grammars.compiled():
+            self._outbox.send("scheduler", answer)
+
     def _send_done(self) -> bool:
         """The steps that have ended, in order. Returns whether there was one."""
         sent = False
         while self._launched and self._launched[0].is_done:
             launched = self._launched.popleft()
-            self._outbox.send("scheduler", launched.result())
+            done = launched.result()
+            self._outbox.send("scheduler", done)
             self._worker.count(launched)
+            spans = self._prefills.done(done.step_id, time.monotonic())
+            if spans:
+                self._outbox.send("frontend", Spans(NAME, self._index, spans))
             sent = True
         return sent
 

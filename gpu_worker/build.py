@@ -2,10 +2,13 @@
 
 import importlib.util
 import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from llguidance import LLTokenizer
 from msgspec.structs import replace
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import choose_device, choose_dtype, set_threads
 from gpu_worker.figures import Figures
 from gpu_worker.forward import EagerForward, Forward
+from gpu_worker.grammars import Grammars
 from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kernels.grouped import Grouped
@@ -31,6 +35,7 @@ from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.grammars import load_vocabulary
 from pipeline.messages import Step, WorkerReady
 from pipeline.model_config import ModelConfig, read_model_config
 
@@ -70,6 +75,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
     dtype = choose_dtype(settings.dtype, config.dtype)
     set_threads(settings.gpu_threads)
     attention = _attention(settings, device, dtype)
+    vocabulary = _load_vocabulary(folder, config)
     with torch.inference_mode(), _checkpoint(settings, folder, config, dtype, device) as weights:
         decoder = Decoder(config, weights)
     parts = _allocate(settings, config, device, dtype, attention, decoder)
@@ -85,6 +91,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         rows=rows,
         history=parts.history,
         figures=figures,
+        grammars=_grammars(parts, vocabulary),
         device=device,
         index=index,
         watermark=Watermark(
@@ -240,6 +247,28 @@ def make_sdpa(parts: Parts) -> AttentionBackend:
         sliding_window=parts.config.sliding_window,
         dtype=parts.dtype,
         device=parts.device,
+    )
+
+
+def _load_vocabulary(folder: Path, config: ModelConfig) -> "Future[LLTokenizer]":
+    """Beside the weights: it takes a second in which no other Python runs."""
+    pool = ThreadPoolExecutor(1)
+    vocabulary = pool.submit(
+        load_vocabulary, folder, eos_token_ids=config.eos_token_ids, size=config.vocabulary
+    )
+    pool.shutdown(wait=False)
+    return vocabulary
+
+
+def _grammars(parts: Parts, vocabulary: "Future[LLTokenizer]") -> Grammars:
+    """On a GPU there are cores to spare; on a CPU they are busy with the step."""
+    cores = len(os.sched_getaffinity(0))
+    return Grammars(
+        load_vocabulary=vocabulary.result,
+        rows=parts.settings.rows,
+        vocabulary=parts.config.vocabulary,
+        eos_token_ids=parts.config.eos_token_ids,
+        threads=max(1, min(8, cores // 2)) if parts.device.type == "cuda" else 1,
     )
 
 

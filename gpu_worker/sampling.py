@@ -19,8 +19,7 @@ from gpu_worker.filters import filter_
 from gpu_worker.logprobs import logprob_rows
 from gpu_worker.randomness import uniform
 from gpu_worker.watermark import USUAL, Watermark, watermarked
-
-NOT_FINITE = -1
+from pipeline.messages import NOT_FINITE
 
 
 class SampledRows(NamedTuple):
@@ -37,10 +36,13 @@ class SampledRows(NamedTuple):
     watermark: Watermark = USUAL  # of the rows that want one
 
 
-def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
+def sample(
+    logits: Tensor, rows: SampledRows, masked: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Choose a token for each row, without waiting for the device.
 
     logits   [sampled, vocabulary], compute dtype; not changed
+    masked   the same with -inf for what must not be chosen, if there is such
     returns  tokens int64[sampled], -1 where the logits are not finite; and rows of
              pipeline.logprobs for those that want them, or None when nobody does
     """
@@ -50,7 +52,9 @@ def sample(logits: Tensor, rows: SampledRows) -> tuple[Tensor, Tensor | None]:
         | (params["frequency_penalty"] != 0)
         | (params["presence_penalty"] != 0)
     )
-    scores = logits if rows.biases is None else biased(logits, rows.biases)
+    scores = logits if masked is None else masked
+    if rows.biases is not None:
+        scores = biased(scores, rows.biases)
     marked = np.flatnonzero(params["watermark"])
     if len(marked):
         scores = scores.float()

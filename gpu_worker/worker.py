@@ -8,7 +8,7 @@ read from the history, on the device.
 import time
 from collections.abc import Sequence
 from mmap import mmap
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from gpu_worker.cuda_adapter_pool import CudaAdapterPool
 from gpu_worker.device import to_device
 from gpu_worker.figures import Figures
 from gpu_worker.forward import Forward
+from gpu_worker.grammars import Grammars, Masks
 from gpu_worker.history import History
 from gpu_worker.logprobs import PromptScores
 from gpu_worker.rows import NO_LOGPROBS, RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
 from gpu_worker.watermark import USUAL, Watermark
-from pipeline.messages import NewRow, PlaceAdapter, Step, StepDone
+from pipeline.messages import GRAMMAR_GAVE_UP, NewRow, PlaceAdapter, Step, StepDone
 
 
 class Launched:
@@ -77,6 +78,14 @@ class Launched:
         rows = np.frombuffer(self._decode_rows, np.int32).tolist()
         return StepTimes(self._start, self._end, frozenset(rows))
 
+    def tokens_on_host(self) -> NDArray[np.int32]:
+        """int32[sampled]; waits until they are there. To be called once its end was launched."""
+        assert self._end is not None
+        assert self._tokens is not None
+        self._end.wait()
+        tokens: NDArray[np.int32] = self._tokens.numpy()
+        return tokens
+
     def result(self) -> StepDone:
         """Waits until it is done."""
         if self._end is not None:
@@ -87,6 +96,17 @@ class Launched:
             b"".join(rows.numpy().tobytes() for rows in self._logprobs),
             index=self._index,
         )
+
+
+class _Unsampled(NamedTuple):
+    """A step whose forward pass was launched, and whose tokens are not sampled yet."""
+
+    launched: Launched
+    host: HostBatch
+    logits: Tensor  # [sampled, vocabulary]
+    masks: Masks | None
+    top: int
+    scores: PromptScores | None
 
 
 class Worker:
@@ -100,10 +120,13 @@ class Worker:
         rows: RowTable,
         history: History,
         figures: Figures,
+        grammars: Grammars,
         device: torch.device,
         index: int = 0,
         watermark: Watermark = USUAL,
     ) -> None:
+        self.grammars = grammars
+        self._unsampled: _Unsampled | None = None
         self._forward = forward
         self.adapters = adapters
         self.rows = rows
@@ -141,32 +164,60 @@ class Worker:
     def run(self, step: Step) -> StepDone:
         """Run a step to its end. Raises ValueError for one that contradicts the row table."""
         launched = self.launch(step)
+        self.sample_launched(wait=True)
         done = launched.result()
         self.count(launched)
         return done
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
-        """Start a step. Raises ValueError for one that contradicts the row table."""
+        """Start a step. Raises ValueError for one that contradicts the row table.
+
+        If masks are not ready when its forward pass is launched, sampling is left to
+        `sample_launched`, or to the next launch: the device is busy until then.
+        """
+        self.sample_launched(wait=True)
         launched = Launched(step, self._index, self._device)
         self._change(step)
-        if step.decode_rows or step.prefill:
-            host = make_batch(step, self.rows)
-            self._compute(host, launched)
-            self._count_tokens(host)
-        launched.ends()
+        if not (step.decode_rows or step.prefill):
+            launched.ends()
+            return launched
+        computed = self._compute(make_batch(step, self.rows), launched)
+        self._count_tokens(computed.host)
+        if computed.masks is None:
+            self._give(computed)
+            launched.ends()
+        else:
+            self._unsampled = computed
+            self.sample_launched()
         return launched
+
+    @torch.inference_mode()
+    def sample_launched(self, *, wait: bool = False) -> bool:
+        """Launch the sampling that was left, if its masks are ready or are to be waited for.
+        Returns whether there was something to do."""
+        left = self._unsampled
+        if left is None or left.masks is None or not (wait or left.masks.is_ready):
+            return False
+        left.masks.wait()
+        self._unsampled = None
+        self._give(left)
+        left.launched.ends()
+        self.grammars.advance(left.masks, left.launched)
+        return True
 
     @torch.inference_mode()
     def rehearse(self, step: Step) -> None:
         """Run a step that is not counted and whose tokens nobody wants."""
         self._change(step)
         if step.decode_rows or step.prefill:
-            self._compute(make_batch(step, self.rows), Launched(step, self._index, self._device))
+            launched = Launched(step, self._index, self._device)
+            self._give(self._compute(make_batch(step, self.rows), launched))
 
     @torch.inference_mode()
     def logits(self, host: HostBatch) -> Tensor:
-        """[sampled, vocabulary] of a batch; its keys and values are in the cache then."""
+        """[sampled, vocabulary] of a batch; its keys and values are in the cache then. As with
+        `launch`, at most two may be under way: a third fills the buffers of the first again."""
         return self._forward.run(host, self.history, lambda: None)
 
     def count(self, launched: Launched) -> None:
@@ -191,16 +242,23 @@ class Worker:
 
     def _take(self, new_rows: Sequence[NewRow]) -> list[NDArray[np.int64]]:
         for new in new_rows:
+            self.grammars.take(new)
             self.history.write(new.row, np.frombuffer(new.token_ids, np.int32).copy())
         return [self.rows.take(new) for new in new_rows]
 
-    def _compute(self, host: HostBatch, launched: Launched) -> None:
-        """The step's tokens, and the log-probabilities that its rows want."""
+    def _compute(self, host: HostBatch, launched: Launched) -> _Unsampled:
+        """Launch the forward pass, while masks are being filled."""
+        masks = self.grammars.fill(host.sampled_rows)
         top = self._top(host)
         scores = self._scores(host, top) if len(host.scored) else None
         logits = self._forward.run(host, self.history, launched.starts, scores)
-        if len(host.sampled_rows):
-            tokens, logprobs = self._sample(host, logits, top)
+        return _Unsampled(launched, host, logits, masks, top, scores)
+
+    def _give(self, computed: _Unsampled) -> None:
+        """The step's tokens, and the log-probabilities that its rows want."""
+        launched, scores = computed.launched, computed.scores
+        if len(computed.host.sampled_rows):
+            tokens, logprobs = self._sample(computed)
             launched.gives(tokens)
             if logprobs is not None:
                 launched.gives_logprobs(logprobs)
@@ -225,8 +283,9 @@ class Worker:
             top=top,
         )
 
-    def _sample(self, host: HostBatch, logits: Tensor, top: int) -> tuple[Tensor, Tensor | None]:
-        table, rows = self.rows, host.sampled_rows
+    def _sample(self, computed: _Unsampled) -> tuple[Tensor, Tensor | None]:
+        logits, masks = computed.logits, computed.masks
+        table, rows = self.rows, computed.host.sampled_rows
         lengths = table.length[rows]
         sampled = SampledRows(
             params=table.sampling[rows],
@@ -235,11 +294,14 @@ class Worker:
             lengths=lengths,
             prompt_tokens=table.prompt_tokens[rows],
             logprobs=table.top[rows] != NO_LOGPROBS,
-            top=top,
+            top=computed.top,
             biases=table.biases.of_step(rows, lengths),
             watermark=self._watermark,
         )
-        tokens, logprobs = sample(logits, sampled)
+        masked = None if masks is None else masks.apply(logits)
+        tokens, logprobs = sample(logits, sampled, masked)
+        if masks is not None and masks.gave_up:
+            tokens.index_fill_(0, self._tensor(np.array(masks.gave_up)), GRAMMAR_GAVE_UP)
         self.history.append(self._tensor(rows), self._tensor(sampled.lengths), tokens)
         table.advance(rows)
         return tokens, logprobs

@@ -78,7 +78,7 @@ class Inbox(Generic[M]):
             try:
                 messages.append(self._decoder.decode(data))
             except msgspec.DecodeError as error:
-                log.error("event=message_refused bytes=%d reason=%s", len(data), error)
+                log.error("event=message_refused bytes=%d reason=%a", len(data), str(error))
         return messages
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
-SECRETS = ("admin_api_key", "watermark_key")  # settings that are shown to nobody
+SECRETS = ("api_key", "admin_api_key", "watermark_key")  # settings that are shown to nobody
 NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -89,7 +89,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         ),
     ] = 60.0
     disk_cache_bytes: Annotated[
-        int, Meta(ge=0, description="disk for downloaded adapters, the hub's aside, bytes")
+        int, Meta(ge=0, description="disk for downloaded adapters, bytes")
     ] = 64 << 30
     cache: Annotated[
         str,
@@ -228,7 +228,29 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         int,
         Meta(ge=0, lt=1 << 32, description="with this the watermark of a text is found"),
     ] = 15485863
+    grammar_compile_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time to compile a grammar, after which it is refused, seconds"),
+    ] = 5.0
+    tool_format: Annotated[
+        Literal["auto", "hermes", "llama", "mistral"],
+        Meta(description="how the model writes calls of tools; auto: as its chat template says"),
+    ] = "auto"
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
+    allow_chat_template: Annotated[
+        bool, Meta(description="let requests bring a chat template of their own")
+    ] = False
+    template_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="processor time that such a template may take for one prompt, seconds",
+        ),
+    ] = 1.0
+    template_bytes: Annotated[
+        int,
+        Meta(ge=128 << 20, description="memory of the process that renders such templates, bytes"),
+    ] = 512 << 20
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20
     )
@@ -240,11 +262,25 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0
+    api_key: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="key that clients show as Bearer token; may be repeated; empty: none is "
+            "needed"
+        ),
+    ] = ()
+    protect_metrics: Annotated[
+        bool, Meta(description="ask for an api_key at /metrics too, if there is one")
+    ] = False
     allow_adapter_admin: Annotated[
         bool, Meta(description="let adapters be loaded, unloaded and pinned over HTTP")
     ] = False
     admin_api_key: Annotated[
-        str, Meta(description="key that administrators show as Bearer token; empty: none is needed")
+        str,
+        Meta(
+            description="key that administrators show as Bearer token; empty: an api_key, if "
+            "there is one"
+        ),
     ] = ""
     preload_adapter: Annotated[
         tuple[str, ...],
@@ -256,12 +292,23 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     adapter_labels: Annotated[
         int, Meta(ge=0, le=10_000, description="adapters that /metrics names; the rest are `other`")
     ] = 100
+    otlp_endpoint: Annotated[
+        str,
+        Meta(
+            description="URL of an OpenTelemetry collector (OTLP over HTTP) that requests are "
+            "traced to; empty: OTEL_EXPORTER_OTLP_ENDPOINT, or none"
+        ),
+    ] = ""
     run_dir: Annotated[
         str, Meta(description="folder for sockets; a private one per user and port when empty")
     ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="least level logged")
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(description="lines of key=value, or an object a line without honcho's prefix"),
+    ] = "text"
 
     def __repr__(self) -> str:
         """What is not the default; of a secret, only that it is there."""
@@ -322,6 +369,11 @@ def _check(settings: Settings) -> None:
             f"step_tokens: {settings.step_tokens} is less than rows ({settings.rows}), "
             "so that not every sequence could run in a step"
         )
+    for key in settings.api_key:
+        if not key or "," in key or " " in key or not (key.isascii() and key.isprintable()):
+            raise ConfigError(
+                "api_key: a key has printable ASCII characters, no space and no comma"
+            )
     source = settings.default_adapter_source
     if source not in ("auto", *settings.adapter_sources()):
         raise ConfigError(f"default_adapter_source: source {source} is off")

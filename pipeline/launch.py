@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     environment["LORADEX_CONFIG"] = os.devnull
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     honcho = [sys.executable, "-m", "honcho", "-d", str(ROOT), "-f", "procfile", "start"]
+    if settings.log_format == "json":
+        honcho.append("--no-prefix")
     sys.stdout.flush()
     os.execve(sys.executable, honcho, environment)
 

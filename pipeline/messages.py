@@ -11,6 +11,7 @@ import msgspec
 
 MERGED = "merged"  # the source of adapters that are merged from others
 SECRET = frozenset({"adapter_token"})  # fields of messages
+NOT_FINITE, GRAMMAR_GAVE_UP = -1, -2  # in place of a token: logits, or a matcher's limits
 REQUEST_BITS = 48  # a request id is its frontend's index, above a counter of this many bits
 MAX_TOP_LOGPROBS = 20
 
@@ -44,6 +45,7 @@ class FailureKind(StrEnum):
 
     VALIDATION = "validation"
     TEMPLATE = "template"
+    GRAMMAR = "grammar"
     ADAPTER_NOT_FOUND = "adapter_not_found"
     ADAPTER_FORBIDDEN = "adapter_forbidden"
     ADAPTER_INVALID = "adapter_invalid"
@@ -52,6 +54,8 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
+    NAME_TAKEN = "name_taken"  # these two are told to administrators only
+    NAME_UNKNOWN = "name_unknown"
 
 
 class Failure(Value, frozen=True):
@@ -171,6 +175,53 @@ class Logprobs(Value, frozen=True):
     prompt_top: int | None = None  # the same for the prompt's tokens; None: nothing of these
 
 
+class GrammarKind(StrEnum):
+    """What a grammar's text is written in."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # of the whole reply
+    CHOICE = "choice"  # a JSON list of the texts that may be said
+    LARK = "grammar"  # Lark, or GBNF
+
+
+class Grammar(Value, frozen=True):
+    """What a reply has to match, as the client said it."""
+
+    kind: GrammarKind
+    text: str
+
+
+class ToolChoice(StrEnum):
+    """Whether a reply calls tools."""
+
+    NONE = "none"  # they are shown to the model; what it says is text
+    AUTO = "auto"  # the model decides
+    REQUIRED = "required"  # at least one call, and nothing but calls
+
+
+class Tools(Value, frozen=True):
+    """The tools that a chat may call.
+
+    functions  OpenAI's: name, and perhaps description, parameters (a JSON schema) and strict
+    only       the one that has to be called, if the client named one; choice is REQUIRED then
+    prompt     what to tell a model whose template knows no tools; empty: a text of our own
+    """
+
+    functions: list[dict[str, Any]]
+    choice: ToolChoice = ToolChoice.AUTO
+    only: str = ""
+    parallel: bool = True  # several calls in one reply
+    prompt: str = ""
+
+
+class ToolCallPart(Value, frozen=True):
+    """What a reply has said of a tool call since the last part. The name comes first, alone."""
+
+    index: int  # of the call in its reply
+    name: str = ""
+    arguments: str = ""  # a run of the arguments' JSON
+
+
 class Alternative(Value, frozen=True):
     """A token that might have stood where another does. Its text is its own, see TokenDetail."""
 
@@ -210,6 +261,17 @@ class Usage(Value, frozen=True):
 # --- frontend -> tokenizer_workers ---------------------------------------------------------------
 
 
+class ChatOptions(Value, frozen=True):
+    """How a chat becomes a prompt. The defaults are the model's own way."""
+
+    template: str = ""  # the request's own; nobody vouches for it
+    documents: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] = {}  # of the client's, for the template
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the prompt ends with that message, which goes on
+    add_special_tokens: bool = False  # those that the tokenizer puts around a text
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -235,7 +297,19 @@ class Prompt(Message, frozen=True):
     prompt_details: bool = False  # send the prompt's text back, and its tokens if logprobs has them
     choices: int = 1  # replies; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # each is an end as EOS is, whatever ignore_eos says
+    trace: str = ""  # see Span.trace; empty where nothing is traced
+    chat_options: ChatOptions = ChatOptions()  # of a chat
+    grammar: Grammar | None = None
+    tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
+
+
+class Rendered(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that waits for templates nobody vouches for."""
+
+    request_id: int
+    text: str
+    failure: Failure | None = None
 
 
 class Tokenize(Message, frozen=True):
@@ -256,6 +330,13 @@ class Cancel(Message, frozen=True):
     request_id: int
 
 
+class GrammarChecked(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that compiles: may this grammar be used?"""
+
+    source: str
+    error: str = ""  # a sentence for the client; empty if it may
+
+
 class Shutdown(Message, frozen=True):
     """Downstream, from each process to those it feeds: no request will follow from me."""
 
@@ -272,6 +353,7 @@ class Prefetch(Message, frozen=True):
     adapter: AdapterKey
     adapter_token: str | None = None
     tenant: str = ""  # as of the prompt
+    trace: str = ""  # as of the prompt
 
 
 class Submit(Message, frozen=True):
@@ -290,6 +372,8 @@ class Submit(Message, frozen=True):
     tenant: str = ""  # as of the prompt
     choices: int = 1  # requests: this one and those whose ids follow; see pipeline.choices
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
+    trace: str = ""  # as of the prompt
+    grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -429,6 +513,17 @@ class PlaceAdapter(Message, frozen=True):
     moves: tuple[AdapterMove, ...] = ()
 
 
+class CompileGrammar(Message, frozen=True):
+    """scheduler -> gpu_worker: rows will name this grammar. Answered by one GrammarCompiled.
+
+    No row uses those in `forget`, or will.
+    """
+
+    grammar_id: int  # at least 1
+    source: str
+    forget: tuple[int, ...] = ()
+
+
 class NewRow(Value, frozen=True):
     """A sequence takes a row of the worker's table; the row was free or is freed in this step.
 
@@ -445,6 +540,8 @@ class NewRow(Value, frozen=True):
     sampling: Sampling
     logprobs: Logprobs | None
     end_token_ids: tuple[int, ...] = ()  # not to be sampled before sampling.min_tokens
+    trace: str = ""  # as of the prompt
+    grammar_id: int = 0  # of a grammar that is compiled; 0: any token may follow
 
 
 class Step(Message, frozen=True):
@@ -488,13 +585,21 @@ class WorkerReady(Message, frozen=True):
 class StepDone(Message, frozen=True):
     """gpu_worker -> scheduler: the tokens of a step, in the order that `Step` defines.
 
-    A token of -1 means that its logits were not finite: the sequence cannot go on.
+    A token below 0 means that the sequence cannot go on, see NOT_FINITE and GRAMMAR_GAVE_UP.
     """
 
     step_id: int
     token_ids: bytes
     logprobs: bytes = b""  # rows of pipeline.logprobs: of sampled tokens that want them, in order,
     # then of the scored tokens of each chunk, in order
+    index: int = 0
+
+
+class GrammarCompiled(Message, frozen=True):
+    """gpu_worker -> scheduler: rows may name it, or why they cannot."""
+
+    grammar_id: int
+    error: str = ""
     index: int = 0
 
 
@@ -513,6 +618,7 @@ class LoadAdapter(Message, frozen=True):
 
     adapter: AdapterKey
     adapter_token: str | None = None
+    trace: str = ""  # of the request that it is asked for
 
 
 class ReleaseAdapter(Message, frozen=True):
@@ -609,6 +715,7 @@ class Piece(Value, frozen=True):
     request_id: int
     text: str
     tokens: tuple[TokenDetail, ...] = ()
+    tool_calls: tuple[ToolCallPart, ...] = ()  # after the text
 
 
 class End(Value, frozen=True):
@@ -667,10 +774,39 @@ class Stats(Message, frozen=True):
     families: list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 
+class Span(Value, frozen=True):
+    """Something that was done for a request that is traced. Times are time.monotonic()."""
+
+    trace: str  # W3C traceparent of the request's span, which this one is a child of
+    name: str
+    started: float
+    ended: float
+    attributes: dict[str, str | int | float | bool] = {}  # no text, no secret
+    failed: bool = False
+
+
+class Spans(Message, frozen=True):
+    """each -> frontend 0: what it has done for requests that are traced."""
+
+    process: str
+    index: int
+    spans: tuple[Span, ...]
+
+
 ToFrontend = (
-    Pieces | PromptDetails | Tokenized | ProcessReady | Stats | Aliases | AdminDone | AdapterList
+    Pieces
+    | PromptDetails
+    | Tokenized
+    | ProcessReady
+    | Stats
+    | Spans
+    | Aliases
+    | AdminDone
+    | AdapterList
 )
-ToTokenizerWorker = Prompt | Tokenize | Cancel | Tokens | PromptLogprobs | Shutdown
+ToTokenizerWorker = (
+    Prompt | Tokenize | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+)
 ToScheduler = (
     Prefetch
     | Submit
@@ -678,6 +814,7 @@ ToScheduler = (
     | WorkerReady
     | StepDone
     | AdapterPlaced
+    | GrammarCompiled
     | ArenaReady
     | AdapterStaged
     | AdapterFailed
@@ -687,5 +824,5 @@ ToScheduler = (
     | ListAdapters
     | Shutdown
 )
-ToGpuWorker = AttachArena | PlaceAdapter | Step | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | Shutdown
 ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown

@@ -40,11 +40,12 @@ def run(
     """
     try:
         settings = load_settings()
-        set_up_logs(process, settings.log_level)
+        set_up_logs(process, settings.log_level, settings.log_format)
         run_folder(settings)
         processes = count(settings) if callable(count) else count
         index, children = _fork(processes)
-        set_up_logs(f"{process}.{index}" if processes > 1 else process, settings.log_level)
+        name = f"{process}.{index}" if processes > 1 else process
+        set_up_logs(name, settings.log_level, settings.log_format)
         _set_deadline_on_sigterm(settings.drain_seconds + GRACE_SECONDS)
         main(settings, index)
         log.info("event=stopped")

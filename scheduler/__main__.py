@@ -16,6 +16,7 @@ from pipeline.messages import (
     AliasesTaken,
     ArenaReady,
     Cancel,
+    GrammarCompiled,
     ListAdapters,
     Prefetch,
     ProcessReady,
@@ -31,7 +32,7 @@ from pipeline.model_config import read_model_config
 from pipeline.model_folder import model_folder
 from pipeline.process import run
 from scheduler.core import Scheduler
-from scheduler.metrics import AdaptersCollector, FiguresCollector
+from scheduler.metrics import AdaptersCollector, FiguresCollector, TimingsCollector
 
 NAME = "scheduler"
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def main(settings: Settings, index: int) -> None:
     eos_token_ids = read_model_config(model_folder(settings)).eos_token_ids
     core = Scheduler(settings=settings, eos_token_ids=eos_token_ids)
     REGISTRY.register(FiguresCollector(core.figures))
+    REGISTRY.register(TimingsCollector(core.timings))
     REGISTRY.register(
         AdaptersCollector(
             tier_hits=core.tier_hits, names=core.adapter_names, slots=settings.adapter_slots
@@ -94,6 +96,8 @@ class Loop:
                 self._core.step_done(message, now)
             case AdapterPlaced():
                 self._core.adapter_placed(message)
+            case GrammarCompiled():
+                self._core.grammar_compiled(message, now)
             case Submit():
                 self._core.submit(message, now)
             case Cancel():

@@ -33,6 +33,7 @@ the step would hold up all its rows for. No more than MAX_BYTES_ARRIVING are on 
 room after that is decided when it is time, and until then others keep theirs.
 """
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ from pipeline.messages import (
 from scheduler import failures
 from scheduler.adapter import Adapter, Want
 from scheduler.adapter_pool import AdapterPool, Extent, Move, Place
-from scheduler.loads import Loads, first_in_turn
+from scheduler.loads import Loads
 from scheduler.policy import Policy, by_order, discard
 from scheduler.sequence import Sequence
 
@@ -97,6 +98,7 @@ class Adapters:
         self._unpinned: dict[AdapterKey, Adapter] = {}  # those of these that are not pinned
         self._outdated: list[Adapter] = []  # that sequences have started with
         self._outdated_before = 0  # how many there ever were
+        self._kept: set[Adapter] = set()
         self._loads = Loads(policy=policy, send=send, load_seconds=load_seconds)
         self._without_room: list[Adapter] = []  # staged, not resident
         self._arriving: deque[_Placing] = deque()  # in order
@@ -119,12 +121,12 @@ class Adapters:
 
     @property
     def kept_bytes(self) -> int:
-        kept = [one.extent for one in self._resident.values() if one.kept]
+        kept = [one.extent for one in self._kept]
         return sum(extent.end - extent.offset for extent in kept if extent is not None)
 
     @property
     def kept(self) -> int:
-        return sum(adapter.kept for adapter in self._resident.values())
+        return sum(adapter.extent is not None for adapter in self._kept)
 
     def is_kept(self, key: AdapterKey) -> bool:
         return key in self._resident and self._resident[key].kept
@@ -160,7 +162,7 @@ class Adapters:
         if adapter is None:
             adapter = self._adapter_of[key] = Adapter(key)
         if sequence.started is None and not adapter.retiring:
-            self._revalidate(adapter, sequence.adapter_token, now)
+            self._revalidate(adapter, sequence.adapter_token, now, sequence.trace)
             self._doubt_if_old(adapter, now)
         insort(adapter.waiting, sequence, key=by_order)
         if adapter.staged is None and adapter.asked_by is None:
@@ -193,10 +195,11 @@ class Adapters:
         if adapter is not None:
             self._touch(adapter)
             if not adapter.retiring:
-                self._revalidate(adapter, message.adapter_token, now)
+                self._revalidate(adapter, message.adapter_token, now, message.trace)
         elif self._loads.may_ask(message.tenant):
             adapter = self._adapter_of[message.adapter] = Adapter(message.adapter)
-            self._loads.load(adapter, message.tenant, message.adapter_token, now)
+            token, trace = message.adapter_token, message.trace
+            self._loads.load(adapter, message.tenant, token, now, trace)
 
     # --- what administrators want ---
 
@@ -233,10 +236,10 @@ class Adapters:
         adapter = self._resident[key]
         if adapter.kept:
             return True
-        adapter.kept = True
+        self._keep(adapter)
         pool = self._pool
         if self.kept_bytes > fraction * pool.nbytes or self.kept > fraction * pool.slots:
-            adapter.kept = False
+            self._unkeep(adapter)
             return False
         self._room_may_be_found = True  # some may never have any now
         return True
@@ -246,9 +249,17 @@ class Adapters:
         adapter = self._adapter_of.get(key)
         if adapter is None or not adapter.kept:
             return False
-        adapter.kept = False
+        self._unkeep(adapter)
         self._room_may_be_found = True
         return True
+
+    def _keep(self, adapter: Adapter) -> None:
+        adapter.kept = True
+        self._kept.add(adapter)
+
+    def _unkeep(self, adapter: Adapter) -> None:
+        adapter.kept = False
+        self._kept.discard(adapter)
 
     def retire(self, key: AdapterKey) -> None:
         """Take it out of pool and arena, as soon as nobody uses it."""
@@ -257,7 +268,7 @@ class Adapters:
             adapter = self._adapter_of[key] = Adapter(key)
         if not adapter.retiring:
             adapter.retiring = True
-            adapter.kept = False
+            self._unkeep(adapter)
             self._shut(adapter)
             self._retire_further(adapter)
 
@@ -344,6 +355,7 @@ class Adapters:
         self._loads.answered(adapter)
         if adapter.staged is None:
             self._loads.over(adapter)
+            self._unkeep(adapter)
             adapter.fail_wants(failure)
             waiting = list(adapter.waiting)
             if adapter.retiring:
@@ -357,7 +369,7 @@ class Adapters:
         if failure.kind == FailureKind.ADAPTER_UNAVAILABLE:
             return self._unconfirmed(adapter, now)
         refused = adapter.not_started()
-        adapter.kept = False
+        self._unkeep(adapter)
         adapter.fail_wants(failure)
         self._outdate(adapter)
         return refused
@@ -386,15 +398,21 @@ class Adapters:
         while self._room_may_be_found and self._without_room and self._may_copy():
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
+            too_large = math.inf  # for what may be evicted for those whose turn comes first
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
                 if not self._may_copy():
                     break
                 if not self._can_have_room(adapter):
                     failed += self._refuse(adapter)
-                elif (message := self._find_room(adapter, now, overdue, failed)) is not None:
+                elif (
+                    adapter.nbytes < too_large
+                    and (message := self._find_room(adapter, now, overdue, failed)) is not None
+                ):
                     placements.append(message)
-                elif not adapter.is_waited_for:
-                    self._give_up(adapter)
+                else:
+                    too_large = min(too_large, adapter.nbytes)
+                    if not adapter.is_waited_for:
+                        self._give_up(adapter)
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
         self._admit()
@@ -503,7 +521,7 @@ class Adapters:
 
     def _in_turn(self) -> list[Adapter]:
         """The first of those without room; those that nobody waits for come last."""
-        first = first_in_turn(MAX_TRIES, self._without_room, self._policy)
+        first = [self._adapter_of[key] for key in self._policy.blocked_in_turn(MAX_TRIES)]
         return first + [adapter for adapter in self._without_room if not adapter.waiting]
 
     def _needs_no_room(self, adapter: Adapter) -> None:
@@ -562,7 +580,7 @@ class Adapters:
         failure = failures.adapter_too_large(
             adapter.named, adapter.nbytes, self._pool.nbytes, self.kept_bytes
         )
-        adapter.kept = False
+        self._unkeep(adapter)
         adapter.fail_wants(failure)
         self._give_up(adapter)
         return [(sequence, failure) for sequence in waiting]
@@ -588,11 +606,11 @@ class Adapters:
 
     # --- whether it is still to be had, and still the same ---
 
-    def _revalidate(self, adapter: Adapter, token: str | None, now: float) -> None:
+    def _revalidate(self, adapter: Adapter, token: str | None, now: float, trace: str) -> None:
         """Ask about what is there, if it is time."""
         old = 2 * (now - adapter.confirmed_at) >= self._revalidate_seconds
         if old and adapter.staged is not None and not adapter.loading:
-            self._loads.question(adapter, token, now)
+            self._loads.question(adapter, token, now, trace)
 
     def _doubt_if_old(self, adapter: Adapter, now: float) -> None:
         """Somebody joins: it is too late to start without the answer."""
@@ -625,7 +643,9 @@ class Adapters:
         adapter = Adapter(outdated.key)
         adapter.confirmed_at = outdated.confirmed_at
         adapter.waiting = outdated.not_started()
-        adapter.kept, outdated.kept = outdated.kept, False
+        if outdated.kept:
+            self._unkeep(outdated)
+            self._keep(adapter)
         adapter.wants, outdated.wants = outdated.wants, []
         self._outdate(outdated)
         self._adapter_of[adapter.key] = adapter

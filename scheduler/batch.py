@@ -166,6 +166,8 @@ def _new_row(sequence: Sequence, slot: int, blocks: list[int]) -> NewRow:
         sampling=sequence.sampling,
         logprobs=sequence.wanted_logprobs,
         end_token_ids=tuple(sorted(sequence.eos)) if sequence.sampling.min_tokens else (),
+        trace=sequence.trace,
+        grammar_id=sequence.grammar_id,
     )
 
 

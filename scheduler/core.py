@@ -32,10 +32,13 @@ from pipeline.messages import (
     Failure,
     Finished,
     FinishReason,
+    GrammarCompiled,
     ListAdapters,
     Message,
     PlaceAdapter,
     Prefetch,
+    Span,
+    Spans,
     Step,
     StepDone,
     Submit,
@@ -49,12 +52,14 @@ from scheduler.batch import Batch
 from scheduler.catalogue import Catalogue
 from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
+from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
 from scheduler.policy import Policy
 from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
+from scheduler.timings import Timings
 from scheduler.token_logprobs import StepLogprobs
 
 MAX_STEPS_IN_FLIGHT = 2
@@ -82,6 +87,7 @@ class Scheduler:
         self._policy = policy or FairShare(
             max_overtaking_seconds=settings.max_overtaking_seconds,
             max_tenant_running=settings.max_tenant_running,
+            rows=settings.rows,
         )
         self._adapters = Adapters(
             policy=self._policy,
@@ -98,6 +104,7 @@ class Scheduler:
             load_seconds=settings.adapter_load_seconds,
             pinned_fraction=settings.pinned_pool_fraction,
         )
+        self._grammars = Grammars(lambda message: self._outbox.append(("gpu_worker", 0, message)))
         self._placements: deque[PlaceAdapter] = deque()  # to be sent
         self._worker: WorkerReady | None = None
         self._arena: ArenaReady | None = None
@@ -114,6 +121,7 @@ class Scheduler:
         self._cost = StepCost()
         self._hit_tokens = 0
         self._generated = 0
+        self.timings = Timings()
 
     # --- what happened ---
 
@@ -126,6 +134,7 @@ class Scheduler:
         self._adapters.worker_ready(
             pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
         )
+        self._grammars.worker_ready()
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
@@ -139,8 +148,11 @@ class Scheduler:
         self._adapters.prefetch(message, now)
 
     def submit(self, message: Submit, now: float) -> None:
-        sequence = self._take(message)
+        sequence = self._take(message, now)
         self._wait_to_start(sequence)
+        may_start = self._grammars.join(sequence)
+        for follower in sequence.followers:
+            self._grammars.share(follower)
         if self._worker is not None and not self._check_fits(sequence, now):
             return
         limit = self._settings.max_tenant_waiting
@@ -153,9 +165,8 @@ class Scheduler:
         deadline = sequence.arrived + self._settings.max_wait_seconds
         for one in (sequence, *sequence.followers):
             heapq.heappush(self._start_deadlines, (deadline, one.order, one))
-        self._adapters.join(sequence, now)
-        if not self._settings.prefix_cache:
-            self._release(sequence, now)
+        if may_start:
+            self._join(sequence, now)
 
     def cancel(self, message: Cancel, now: float) -> None:
         sequence = self._sequence_of.get(message.request_id)
@@ -196,21 +207,33 @@ class Scheduler:
         """The oldest placement is done."""
         self._adapters.placed(message.slot)
 
+    def grammar_compiled(self, message: GrammarCompiled, now: float) -> None:
+        """Those that waited for it go on to their adapters."""
+        if message.error:
+            for sequence in self._grammars.failed(message.grammar_id):
+                self._fail(sequence, failures.no_grammar(message.error), now)
+            return
+        for sequence in self._grammars.compiled(message.grammar_id):
+            self._join(sequence, now)
+
     def step_done(self, message: StepDone, now: float) -> None:
         """The oldest step in flight has its tokens."""
         flight = self._flights.popleft()
         if flight.step_id != message.step_id:
             raise RuntimeError(f"step {message.step_id} is done before step {flight.step_id}")
         self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
-        self._step_done_at = now
+        since_last, self._step_done_at = now - self._step_done_at, now
         logprobs = StepLogprobs(flight, message.logprobs)
         for worker, prompt in logprobs.prompts:
             self._outbox.append(("tokenizer_workers", worker, prompt))
         self._policy.produced(flight.sampled)
         token_ids = array("i", message.token_ids)
-        self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
+        dropped = self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
+        # a row that decodes has had a token in the step before
+        self.timings.between_tokens.add(since_last, max(0, flight.work.rows - dropped))
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
             self._resting.remove(sequence)
+            sequence.interrupted = now
             self._adapters.join(sequence, now)
         for extent in flight.unpins:  # last: an outdated adapter stays for those that join
             self._adapters.unpin(extent)
@@ -261,6 +284,7 @@ class Scheduler:
             return None
         self._steps_sent += 1
         work = plan.work(self._adapters.running_bytes)
+        self.timings.step_rows.add(len(plan.decode_rows) + len(plan.chunked))
         self._flights.append(Flight(self._steps_sent, plan, work, now))
         step = plan.step(self._steps_sent, self._batch.seal(plan))
         for sequence in plan.chunked:
@@ -316,6 +340,7 @@ class Scheduler:
             requests_waiting=len(self._sequence_of) - len(self._batch),
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
+            kv_block_tokens=self._batch.kv.block_tokens,
             adapters_resident=self._adapters.resident,
             adapters_pinned=self._adapters.kept,
             adapter_pool_used_bytes=self._adapters.pool_used_bytes,
@@ -334,7 +359,8 @@ class Scheduler:
     def adapter_names(self) -> tuple[list[str], list[str]]:
         """What clients call the adapters that are resident, and those that are waited for.
 
-        Those of a tenant alone are left out. The latest used come first.
+        Those of a tenant alone are left out, and merges, which have no name that a request could
+        give. The latest used come first.
         """
         resident, absent = self._adapters.by_use()
         return self._names(resident), self._names(absent)
@@ -342,8 +368,9 @@ class Scheduler:
     def _names(self, keys: Iterable[AdapterKey]) -> list[str]:
         names: dict[str, None] = {}
         for key in keys:
-            if not key.scope:
-                names.update(dict.fromkeys(self._administration.names_of(key) or [key.id]))
+            if not key.scope and key.merge is None:
+                id = f"{key.id}@{key.revision}" if key.revision else key.id
+                names.update(dict.fromkeys(self._administration.names_of(key) or [id]))
         return list(names)
 
     def _described(
@@ -375,14 +402,17 @@ class Scheduler:
         token_ids: "array[int]",
         logprobs: dict[int, bytes],
         now: float,
-    ) -> None:
-        """Runs for each token that is produced, so it looks at little."""
+    ) -> int:
+        """Runs for each token that is produced, so it looks at little. Returns how many came for
+        those that had ended."""
         replies = self._replies
+        dropped = 0
         for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
             if sequence.ended:
+                dropped += 1
                 continue
             if token < 0:
-                self._fail(sequence, failures.not_finite(sequence.adapter), now)
+                self._fail(sequence, failures.no_token(token, sequence.adapter), now)
                 continue
             known = sequence.token_ids
             known.append(token)
@@ -395,11 +425,11 @@ class Scheduler:
                 self._finish(sequence, FinishReason.EOS, now)
             elif len(known) >= sequence.notice_at:
                 self._notice(sequence, now)
+        return dropped
 
     def _notice(self, sequence: Sequence, now: float) -> None:
         """Its first token came, or its last, or one that shows that a block is full."""
-        if sequence.first_token is None:
-            sequence.first_token = now
+        self._time_first_token(sequence, now)
         known = len(sequence.token_ids)
         if known == sequence.end:
             self._finish(sequence, FinishReason.LENGTH, now)
@@ -407,6 +437,15 @@ class Scheduler:
             sequence.notice_at = sequence.end
         else:
             sequence.notice_at = min(sequence.end, self._batch.cache_written(sequence))
+
+    def _time_first_token(self, sequence: Sequence, now: float) -> None:
+        """The first of all, or the first after a preemption, has come if it had not."""
+        if sequence.first_token is None:
+            sequence.first_token = now
+            self.timings.first_token.add(now - sequence.arrived)
+        elif sequence.interrupted is not None:
+            self.timings.between_tokens.add(now - sequence.interrupted)
+        sequence.interrupted = None
 
     def _flush(self) -> None:
         for worker, reply in enumerate(self._replies):
@@ -449,6 +488,8 @@ class Scheduler:
         if sequence.started is None:
             self._waits_no_more(sequence)
             sequence.started = now
+            self.timings.queue.add(now - sequence.arrived)
+            self._trace("queue", sequence, sequence.submitted, now)
             sequence.cached_tokens = plan.new_rows[-1].cached_tokens
             self._hit_tokens += sequence.cached_tokens
         return tokens
@@ -459,6 +500,7 @@ class Scheduler:
             sequence.resume_after = self._flights[-1].step_id
             self._resting.append(sequence)
         else:
+            sequence.interrupted = self._step_done_at
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
@@ -478,17 +520,23 @@ class Scheduler:
 
     # --- several choices of a prompt: the first computes it, the others find it in the cache ---
 
-    def _take(self, message: Submit) -> Sequence:
+    def _take(self, message: Submit, now: float) -> Sequence:
         """The sequence of the first choice; the others follow it."""
         sequences = []
         for choice in range(message.choices):
             self._submitted += 1
-            one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice)
+            one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice, now=now)
             self._sequence_of[one.request_id] = one
             sequences.append(one)
         leader, *followers = sequences
         _follow(leader, followers)
         return leader
+
+    def _join(self, leader: Sequence, now: float) -> None:
+        """It may start once its adapter is there."""
+        self._adapters.join(leader, now)
+        if not self._settings.prefix_cache:
+            self._release(leader, now)
 
     def _release(self, leader: Sequence, now: float) -> None:
         """What they wait for is in the cache, or is not going to be."""
@@ -503,7 +551,8 @@ class Scheduler:
         leader.leader = None
         _follow(leader, others)
         self._wait_to_start(leader)
-        self._adapters.join(leader, now)
+        if self._grammars.wait(leader):
+            self._join(leader, now)
 
     # --- ends ---
 
@@ -522,6 +571,8 @@ class Scheduler:
         self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
     ) -> None:
         followers = sequence.followers
+        if sequence.produced:
+            self._time_first_token(sequence, now)
         self._remove(sequence)
         self._replies[sequence.worker].finished.append(
             Finished(sequence.request_id, reason, sequence.usage(now), failure)
@@ -533,8 +584,14 @@ class Scheduler:
         """Nothing more comes of this sequence; tokens of it that are in flight are dropped."""
         sequence.ended = True
         del self._sequence_of[sequence.request_id]
+        waited_for_grammar = self._grammars.leave(sequence)
         if sequence.started is None:
             self._waits_no_more(sequence)
+        else:
+            ended = max(self._step_done_at, sequence.first_token or sequence.started)
+            self.timings.inference.add(ended - sequence.started)
+            if sequence.first_token is not None:
+                self._trace("decode", sequence, sequence.first_token, ended)
         if sequence.table is not None:
             self._batch.vacate(sequence)
             self._unpin(sequence)
@@ -542,7 +599,7 @@ class Scheduler:
             self._resting.remove(sequence)
         elif sequence.leader is not None:
             sequence.leader.followers.remove(sequence)
-        else:
+        elif not waited_for_grammar:
             self._adapters.leave(sequence)
             self._batch.someone_else_is_next()
         self._policy.end(sequence)
@@ -551,6 +608,17 @@ class Scheduler:
         """It counts as a request of its tenant that waits; those that follow it do not."""
         sequence.counted = True
         self._unstarted[sequence.tenant] += 1
+
+    def _trace(self, name: str, sequence: Sequence, started: float, ended: float) -> None:
+        """A span of a request that is traced."""
+        if sequence.trace:
+            attributes: dict[str, str | int | float | bool] = {
+                "loradex.prompt_tokens": sequence.prompt_tokens,
+                "loradex.cached_tokens": sequence.cached_tokens,
+                "loradex.produced_tokens": sequence.produced,
+            }
+            span = Span(sequence.trace, name, started, ended, attributes)
+            self._outbox.append(("frontend", 0, Spans("scheduler", 0, (span,))))
 
     def _waits_no_more(self, sequence: Sequence) -> None:
         """For its first start; its tenant may let another wait."""

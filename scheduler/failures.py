@@ -1,6 +1,6 @@
 """Why the scheduler ends a request before its time, in the client's words."""
 
-from pipeline.messages import AdapterKey, Failure, FailureKind
+from pipeline.messages import GRAMMAR_GAVE_UP, AdapterKey, Failure, FailureKind
 
 
 def too_many_blocks(needed: int, total: int) -> Failure:
@@ -50,7 +50,14 @@ def adapter_changed(adapter: AdapterKey) -> Failure:
     )
 
 
-def not_finite(adapter: AdapterKey | None) -> Failure:
+def no_token(instead: int, adapter: AdapterKey | None) -> Failure:
+    """What a step gave instead of a token."""
+    if instead == GRAMMAR_GAVE_UP:
+        return Failure(
+            422,
+            FailureKind.GRAMMAR,
+            "the grammar is too complex: what may follow was not found within its limits",
+        )
     if adapter is None:
         return Failure(500, FailureKind.INTERNAL, "the model gave logits that are not finite")
     return Failure(
@@ -60,21 +67,16 @@ def not_finite(adapter: AdapterKey | None) -> Failure:
     )
 
 
+def no_grammar(error: str) -> Failure:
+    return Failure(422, FailureKind.GRAMMAR, error)
+
+
 def name_is_taken(name: str) -> Failure:
-    """In vLLM's words, which controllers look for."""
-    return Failure(
-        400,
-        FailureKind.VALIDATION,
-        f"The lora adapter '{name}' has already been loaded. "
-        "To replace it, set 'load_inplace' to true.",
-    )
+    return Failure(400, FailureKind.NAME_TAKEN, f"an adapter is loaded as '{name}' already")
 
 
 def no_such_name(name: str) -> Failure:
-    """In vLLM's words, which controllers look for."""
-    return Failure(
-        404, FailureKind.ADAPTER_NOT_FOUND, f"The lora adapter '{name}' cannot be found."
-    )
+    return Failure(404, FailureKind.NAME_UNKNOWN, f"no adapter is loaded as '{name}'")
 
 
 def not_pinned(adapter: AdapterKey) -> Failure:

@@ -1,24 +1,28 @@
-"""Who is next: fair shares for tenants, and within a tenant for its adapters.
+"""Who is next: fair shares for tenants, and turns for the adapters of a tenant.
 
-The virtual token counter of Sheng et al., "Fairness in Serving Large Language Models"
-(arXiv:2401.00588), on two levels. Each tenant, and each queue of a tenant (those of its requests
-that want one adapter), counts the tokens it was served; the tenant that was served least is next,
-and of its queues the one that was served least, first come first served. One that has not been
-waiting is lifted to the least of those that are, so that idle time gives no credit. Who was
-preempted goes before everybody, and is not charged for that.
+Each tenant counts the tokens it was served, and the one that was served least is next: the virtual
+token counter of Sheng et al., "Fairness in Serving Large Language Models" (arXiv:2401.00588). One
+that has not been waiting is lifted to the least of those that are, so that idle time gives no
+credit. Who was preempted goes before everybody, and is not charged for that.
 
-Of a tenant's queues, one whose adapter runs may be ahead of the others by AFFINITY_TOKENS, as long
-as nobody is overdue: each distinct adapter more in a step costs time that everybody pays.
+The queues of a tenant, one for each adapter that its requests want and one for none, stand in a
+line and take turns of ROW_TOKENS for each row: the deficit round robin of Shreedhar and Varghese
+(SIGCOMM 1995). Who starts to wait comes last. The first in line begins its turn and goes to the end
+of the line; it is served before the line until the tokens of its turn are used up, or nobody is
+left that waits or runs. What it takes beyond is taken off its next one. Each distinct adapter in a
+step costs time that everybody pays, and a turn lets those that wait for the same one run together.
 
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
-except without an adapter, which takes nothing that it lacks.
+except without an adapter, which takes nothing that it lacks. A turn counts as overtaking too, and
+rests while one of its own tenant is overdue.
 """
 
 import math
 from bisect import insort
 from collections.abc import Iterable
 from itertools import takewhile
+from operator import attrgetter
 
 from pipeline.messages import AdapterKey
 from scheduler.policy import Turn, by_order, discard
@@ -26,7 +30,7 @@ from scheduler.sequence import Sequence
 
 INPUT_COST = 1.0  # per prompt token that is computed
 OUTPUT_COST = 2.0  # per produced token; both as in the paper
-AFFINITY_TOKENS = 4096.0  # that a queue whose adapter is in the batch may be ahead of another
+ROW_TOKENS = 64.0  # of a turn, so weighted; for 256 rows 20 requests of 260 and 260 tokens
 FEW_COUNTERS = 1024  # as many are kept without a look at which of them are idle
 
 
@@ -35,15 +39,15 @@ class Tenant:
 
     __slots__ = (
         "blocked",
-        "few_queues",
+        "line",
         "name",
         "open",
         "passed",
         "queues",
-        "ready",
         "running",
         "served",
         "since",
+        "turns",
     )
 
     def __init__(self, name: str, served: float) -> None:
@@ -51,10 +55,10 @@ class Tenant:
         self.served = served
         self.since = 0  # the order of the sequence that it has been waiting with since
         self.queues: dict[AdapterKey | None, Queue] = {}
-        self.ready: dict[Queue, None] = {}  # with somebody who can start
+        self.line: list[Queue] = []  # those with somebody who can start, by place
+        self.turns: dict[Queue, None] = {}  # those with tokens left of a turn
         self.blocked: dict[Queue, None] = {}  # with somebody who lacks room, and not passed yet
         self.passed: dict[Queue, None] = {}  # the same, in the order of passed_at
-        self.few_queues = FEW_COUNTERS
         self.running = 0  # sequences that have started, a preempted one as well
         self.open = 0  # sequences that have not ended
 
@@ -62,33 +66,44 @@ class Tenant:
 class Queue:
     """The requests of one tenant for one adapter, or for none."""
 
-    __slots__ = ("key", "open", "passed_at", "running", "served", "tenant", "waiting")
+    __slots__ = (
+        "key",
+        "left",
+        "open",
+        "passed_at",
+        "place",
+        "ready",
+        "running",
+        "tenant",
+        "waiting",
+    )
 
-    def __init__(self, tenant: Tenant, key: AdapterKey | None, served: float) -> None:
+    def __init__(self, tenant: Tenant, key: AdapterKey | None) -> None:
         self.tenant = tenant
         self.key = key
-        self.served = served
+        self.place = 0  # in the line of the tenant's queues: the least is first
+        self.left = 0.0  # tokens of its turn; less than none is taken off the next
         self.waiting: list[Sequence] = []  # in order
+        self.ready = False  # it is in the line
         self.open = 0
         self.running = 0  # as of the tenant
         self.passed_at = math.inf  # when it was first passed, since it is blocked
 
     def turn(self) -> Turn:
         tenant = self.tenant
-        return (tenant.served, tenant.since, *_queue_turn(self))
+        return (tenant.served, tenant.since, self.place, self.waiting[0].order)
+
+
+_by_place = attrgetter("place")
+_by_left = attrgetter("left")
 
 
 def _tenant_turn(tenant: Tenant) -> tuple[float, int]:
     return (tenant.served, tenant.since)
 
 
-def _queue_turn(queue: Queue) -> tuple[float, int]:
-    return (queue.served, queue.waiting[0].order)
-
-
-def _affine_turn(queue: Queue) -> tuple[float, int]:
-    affinity = AFFINITY_TOKENS if queue.running else 0.0
-    return (queue.served - affinity, queue.waiting[0].order)
+def _queue_turn(queue: Queue) -> tuple[int, int]:
+    return (queue.place, queue.waiting[0].order)
 
 
 class FairShare:
@@ -96,9 +111,13 @@ class FairShare:
 
     max_overtaking_seconds  how long a blocked queue is passed
     max_tenant_running      sequences of one tenant that run at once; 0: any number
+    rows                    sequences that run at once
     """
 
-    def __init__(self, *, max_overtaking_seconds: float, max_tenant_running: int) -> None:
+    def __init__(
+        self, *, max_overtaking_seconds: float, max_tenant_running: int, rows: int
+    ) -> None:
+        self.turn_tokens = ROW_TOKENS * rows
         self._max_overtaking_seconds = max_overtaking_seconds
         self._max_tenant_running = max_tenant_running or math.inf
         self._tenants: dict[str, Tenant] = {}
@@ -113,6 +132,7 @@ class FairShare:
         self._unpassed: dict[Tenant, None] = {}  # with blocked queues that nobody has passed
         self._passed: dict[Tenant, None] = {}  # with blocked queues that have been passed
         self._last = Tenant("", 0.0)  # to wait
+        self._places = 0  # that have been given
         self._few_tenants = FEW_COUNTERS
 
     def served(self, tenant: str) -> float:
@@ -136,8 +156,10 @@ class FairShare:
             self._lift(tenant)
             tenant.since = sequence.order
             self._waiting[tenant] = 0
-        if not queue.waiting:
-            self._lift_queue(queue)
+        if not queue.waiting and tenant is not self._resumed:  # among those the oldest is first
+            queue.place = self._last_place()
+            if queue not in tenant.turns:
+                queue.left = 0.0
         self._waiting[tenant] += 1
         self._queue_of[sequence] = queue
         insort(queue.waiting, sequence, key=by_order)
@@ -160,31 +182,40 @@ class FairShare:
 
     def start(self, sequence: Sequence, tokens: int, now: float) -> None:
         self._note_passed(self._queue_of[sequence], now)
-        self.leave(sequence)
         if sequence.started is not None:
+            self.leave(sequence)
             return
         queue = self._share_of[sequence]
-        queue.served += INPUT_COST * tokens
-        queue.tenant.served += INPUT_COST * tokens
+        if queue not in queue.tenant.turns or queue.left <= 0:
+            self._begin_turn(queue)
+        tenant = queue.tenant
+        queue.left -= INPUT_COST * tokens
+        tenant.served += INPUT_COST * tokens
         queue.running += 1
-        queue.tenant.running += 1
+        tenant.running += 1
+        self.leave(sequence)
 
     def end(self, sequence: Sequence) -> None:
         queue = self._share_of.pop(sequence, None)
         if queue is None:
             return
+        tenant = queue.tenant
         queue.open -= 1
-        queue.tenant.open -= 1
+        tenant.open -= 1
         if sequence.started is not None:
             queue.running -= 1
-            queue.tenant.running -= 1
+            tenant.running -= 1
+        if not (queue.running or queue.waiting):
+            tenant.turns.pop(queue, None)
+        if not queue.open:
+            del tenant.queues[queue.key]
 
     def produced(self, sequences: Iterable[Sequence]) -> None:
         share_of = self._share_of
         for sequence in sequences:
             queue = share_of.get(sequence)
             if queue is not None:
-                queue.served += OUTPUT_COST
+                queue.left -= OUTPUT_COST
                 queue.tenant.served += OUTPUT_COST
 
     # --- adapters ---
@@ -216,11 +247,12 @@ class FairShare:
         if not tenants:
             return None
         barrier = self._barrier(now)
-        turn = _affine_turn if barrier is None else _queue_turn
-        queue = min(min(tenants, key=_tenant_turn).ready, key=turn)
+        tenant = min(tenants, key=_tenant_turn)
+        in_line = barrier is not None and barrier.tenant is tenant
+        queue = self._first_in_line(tenant) if in_line else self._next_of(tenant)
         if barrier is None or queue.key is None or queue.turn() < barrier.turn():
             return queue.waiting[0]
-        plain = [one for tenant in tenants for one in tenant.ready if one.key is None]
+        plain = [one for tenant in tenants for one in tenant.line if one.key is None]
         return min(plain, key=Queue.turn).waiting[0] if plain else None
 
     def overdue(self, now: float) -> AdapterKey | None:
@@ -232,6 +264,15 @@ class FairShare:
         if len(queues) == 1:  # nearly always, and this runs for each adapter that lacks room
             return next(iter(queues)).turn()
         return min(queue.turn() for queue in queues)
+
+    def blocked_in_turn(self, most: int) -> list[AdapterKey]:
+        found: dict[AdapterKey | None, None] = {}
+        for tenant in sorted({**self._unpassed, **self._passed}, key=_tenant_turn):
+            for queue in sorted([*tenant.blocked, *tenant.passed], key=_queue_turn):
+                found[queue.key] = None
+            if len(found) >= most:
+                break
+        return [key for key in found if key is not None][:most]
 
     def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
         return self.turn(other) < self.turn(key)
@@ -272,6 +313,38 @@ class FairShare:
     def _may_run(self, tenant: Tenant) -> bool:
         return tenant.running < self._max_tenant_running
 
+    # --- the turns of a tenant's queues ---
+
+    def _next_of(self, tenant: Tenant) -> Queue:
+        """Of those with somebody who can start: in its turn, or else the first in line."""
+        for queue in tenant.turns:
+            if queue.ready and queue.left > 0:
+                return queue
+        return self._first_in_line(tenant)
+
+    def _first_in_line(self, tenant: Tenant) -> Queue:
+        """Those whose next turn is used up already let others go first."""
+        line = tenant.line
+        if tenant is self._resumed:
+            return min(line, key=_queue_turn)
+        first = next((queue for queue in line if queue.left > -self.turn_tokens), None)
+        return max(line, key=_by_left) if first is None else first
+
+    def _begin_turn(self, queue: Queue) -> None:
+        """It goes to the end of the line, behind those that this turn of theirs is taken from."""
+        line = queue.tenant.line
+        before = line[: line.index(queue)]
+        for one in [*(one for one in before if one.left <= -self.turn_tokens), queue]:
+            one.left = min(one.left, 0.0) + self.turn_tokens
+            line.remove(one)
+            line.append(one)
+            one.place = self._last_place()
+        queue.tenant.turns[queue] = None
+
+    def _last_place(self) -> int:
+        self._places += 1
+        return self._places
+
     # --- counters ---
 
     def _open(self, sequence: Sequence) -> Queue:
@@ -293,10 +366,6 @@ class FairShare:
     def _lift(self, tenant: Tenant) -> None:
         if tenant is not self._resumed:
             tenant.served = max(tenant.served, self._floor())
-
-    def _lift_queue(self, queue: Queue) -> None:
-        others = [other.served for other in queue.tenant.queues.values() if other.waiting]
-        queue.served = max(queue.served, min(others, default=queue.served))
 
     def _forget_idle(self) -> None:
         """Drop the counters that a return would lift as far as a new one."""
@@ -322,6 +391,8 @@ class FairShare:
     def _queue_is_empty(self, queue: Queue) -> None:
         self._set_unready(queue)
         self._set_unblocked(queue)
+        if not queue.running:
+            queue.tenant.turns.pop(queue, None)
         if queue.key is not None:
             queues = self._queues_of[queue.key]
             del queues[queue]
@@ -331,14 +402,18 @@ class FairShare:
             del queue.tenant.queues[queue.key]
 
     def _set_ready(self, queue: Queue) -> None:
-        queue.tenant.ready[queue] = None
+        if not queue.ready:
+            queue.ready = True
+            insort(queue.tenant.line, queue, key=_by_place)
         self._ready[queue.tenant] = None
 
     def _set_unready(self, queue: Queue) -> None:
-        tenant = queue.tenant
-        tenant.ready.pop(queue, None)
-        if not tenant.ready:
-            self._ready.pop(tenant, None)
+        line = queue.tenant.line
+        if queue.ready:
+            queue.ready = False
+            line.remove(queue)
+        if not line:
+            self._ready.pop(queue.tenant, None)
 
     def _set_blocked(self, queue: Queue) -> None:
         queue.tenant.blocked[queue] = None
@@ -358,17 +433,5 @@ class FairShare:
 def _queue(tenant: Tenant, key: AdapterKey | None) -> Queue:
     queue = tenant.queues.get(key)
     if queue is None:
-        _forget_idle_queues(tenant)
-        queue = tenant.queues[key] = Queue(tenant, key, 0.0)
+        queue = tenant.queues[key] = Queue(tenant, key)
     return queue
-
-
-def _forget_idle_queues(tenant: Tenant) -> None:
-    """As for tenants; all idle ones when nobody waits."""
-    if len(tenant.queues) < tenant.few_queues:
-        return
-    floor = min((queue.served for queue in tenant.queues.values() if queue.waiting), default=None)
-    for queue in list(tenant.queues.values()):
-        if not queue.open and (floor is None or queue.served <= floor):
-            del tenant.queues[queue.key]
-    tenant.few_queues = max(FEW_COUNTERS, 2 * len(tenant.queues))

@@ -10,6 +10,7 @@ class Figures(msgspec.Struct, frozen=True):
     requests_waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    kv_block_tokens: int
     adapters_resident: int
     adapters_pinned: int
     adapter_pool_used_bytes: int

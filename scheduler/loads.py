@@ -6,11 +6,11 @@ thousands at once must not fill the arena, nor stand before all others in the lo
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from pipeline.messages import AdapterKey, LoadAdapter
 from scheduler.adapter import Adapter
-from scheduler.policy import Policy
+from scheduler.policy import Policy, Turn
 
 MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 
@@ -42,8 +42,8 @@ class Loads:
         if not self.may_ask(tenant):
             self._wanted.setdefault(tenant, {})[adapter.key] = adapter
             return
-        token = next(one.adapter_token for one in adapter.waiting if one.tenant == tenant)
-        self.load(adapter, tenant, token, now)
+        first = next(one for one in adapter.waiting if one.tenant == tenant)
+        self.load(adapter, tenant, first.adapter_token, now, first.trace)
 
     def want_less(self, adapter: Adapter, tenant: str) -> None:
         """One of this tenant does not wait any more for what has not been asked for."""
@@ -56,17 +56,20 @@ class Loads:
         for tenant in tenants:
             free = MAX_LOADS - self._loads[tenant]
             wanted = self._wanted.get(tenant, {}).values()
-            for adapter in first_in_turn(free, wanted, self._policy):
+            waited_for = [adapter for adapter in wanted if adapter.waiting]
+            for adapter in heapq.nsmallest(free, waited_for, key=self._turn):
                 self.want(adapter, tenant, now)
 
-    def load(self, adapter: Adapter, tenant: str, token: str | None, now: float) -> None:
+    def load(
+        self, adapter: Adapter, tenant: str, token: str | None, now: float, trace: str = ""
+    ) -> None:
         """Ask for it on this tenant's account, until it is `over`."""
         for other in {tenant, *(sequence.tenant for sequence in adapter.waiting)}:
             self._not_wanted(adapter, other)
         adapter.asked_by = tenant
         self._loads[tenant] += 1
         if not adapter.loading:  # else it was evicted while it was asked about
-            self.question(adapter, token, now)
+            self.question(adapter, token, now, trace)
 
     def over(self, adapter: Adapter) -> None:
         """It has room, or cannot have any, or cannot be had."""
@@ -78,6 +81,9 @@ class Loads:
             del self._loads[tenant]
         self._have_fewer.add(tenant)
 
+    def _turn(self, adapter: Adapter) -> Turn:
+        return self._policy.turn(adapter.key)
+
     def _not_wanted(self, adapter: Adapter, tenant: str) -> None:
         wanted = self._wanted.get(tenant, {})
         if wanted.pop(adapter.key, None) is not None and not wanted:
@@ -85,12 +91,12 @@ class Loads:
 
     # --- questions and answers ---
 
-    def question(self, adapter: Adapter, token: str | None, now: float) -> None:
+    def question(self, adapter: Adapter, token: str | None, now: float, trace: str) -> None:
         """Ask for it, or whether it is still what it was."""
         adapter.loading = True
         adapter.asked_at = now
         self._deadline_of[adapter.key] = now + self._load_seconds
-        self._send(LoadAdapter(adapter.key, token))
+        self._send(LoadAdapter(adapter.key, token, trace))
 
     def answered(self, adapter: Adapter) -> None:
         adapter.loading = False
@@ -115,9 +121,3 @@ class Loads:
 
     def next_deadline(self) -> float | None:
         return next(iter(self._deadline_of.values()), None)
-
-
-def first_in_turn(most: int, adapters: Iterable[Adapter], policy: Policy) -> list[Adapter]:
-    """Of those that requests wait for, the next; at most so many."""
-    waited_for = [adapter for adapter in adapters if adapter.waiting]
-    return heapq.nsmallest(most, waited_for, key=lambda one: policy.turn(one.key))

@@ -3,11 +3,17 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from pipeline.messages import Tier
 from scheduler.figures import Figures
+from scheduler.timings import Timings
 
 MAX_NAMED = 256  # adapters in one label
 
@@ -16,6 +22,7 @@ GAUGES = {
     "requests_waiting": "Requests that wait for an adapter, a row or KV blocks",
     "kv_blocks_used": "KV blocks that running sequences hold",
     "kv_blocks_total": "KV blocks there are",
+    "kv_block_tokens": "Tokens that a KV block holds",
     "adapters_resident": "Adapters in the device's pool",
     "adapters_pinned": "Adapters in the device's pool that administrators have pinned",
     "adapter_pool_used_bytes": "Bytes of the device's pool that adapters take",
@@ -27,6 +34,14 @@ COUNTERS = {
     "preemptions": "Sequences that gave up their KV blocks to run again later",
     "steps": "Steps sent to the GPU worker",
     "tokens_generated": "Tokens sent to tokenizer workers",
+}
+
+HISTOGRAMS = {  # name -> (attribute of Timings, text)
+    "queue_seconds": ("queue", "From a request's arrival to its first step"),
+    "request_first_token_seconds": ("first_token", "From a request's arrival to its first token"),
+    "between_tokens_seconds": ("between_tokens", "From a token of a request to its next"),
+    "inference_seconds": ("inference", "From a request's first step to its end"),
+    "step_rows": ("step_rows", "Sequences in a step"),
 }
 
 
@@ -42,6 +57,34 @@ class FiguresCollector(Collector):
             yield GaugeMetricFamily(f"loradex_{name}", text, getattr(figures, name))
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"loradex_{name}", text, getattr(figures, name))
+        yield from _for_routers(figures)
+
+
+def _for_routers(figures: Figures) -> Iterable[Metric]:
+    """The same by vLLM's names, from which routers choose a server."""
+    used = figures.kv_blocks_used / max(figures.kv_blocks_total, 1)
+    yield GaugeMetricFamily(
+        "vllm:num_requests_running", GAUGES["requests_running"], figures.requests_running
+    )
+    yield GaugeMetricFamily(
+        "vllm:num_requests_waiting", GAUGES["requests_waiting"], figures.requests_waiting
+    )
+    yield GaugeMetricFamily(
+        "vllm:kv_cache_usage_perc", "Share of the KV blocks that running sequences hold", used
+    )
+
+
+class TimingsCollector(Collector):
+    """Costs nothing between two collections."""
+
+    def __init__(self, timings: Timings) -> None:
+        self._timings = timings
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (attribute, text) in HISTOGRAMS.items():
+            counted = getattr(self._timings, attribute)
+            buckets = [(bound, float(count)) for bound, count in counted.buckets()]
+            yield HistogramMetricFamily(f"loradex_{name}", text, buckets, counted.total)
 
 
 class AdaptersCollector(Collector):

@@ -61,6 +61,9 @@ class Policy(Protocol):
     def turn(self, key: AdapterKey) -> Turn:
         """When the first of those that wait for this adapter is next; at least one must wait."""
 
+    def blocked_in_turn(self, most: int) -> list[AdapterKey]:
+        """The first, at most so many, of the blocked adapters that somebody waits for."""
+
     def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
         """Whether an adapter that is not in use, but waited for, makes room for a blocked one."""
 

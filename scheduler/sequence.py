@@ -35,6 +35,9 @@ class Sequence:
         "fed",
         "first_token",
         "followers",
+        "grammar",
+        "grammar_id",
+        "interrupted",
         "last_fed",
         "leader",
         "logprobs",
@@ -49,13 +52,23 @@ class Sequence:
         "sampling",
         "scored",
         "started",
+        "submitted",
         "table",
         "tenant",
         "token_ids",
+        "trace",
         "worker",
     )
 
-    def __init__(self, submit: Submit, *, order: int, eos: frozenset[int], choice: int = 0) -> None:
+    def __init__(
+        self,
+        submit: Submit,
+        *,
+        order: int,
+        eos: frozenset[int],
+        choice: int = 0,
+        now: float = 0.0,
+    ) -> None:
         self.request_id = submit.request_id + choice
         self.worker = submit.worker
         self.arrived = submit.arrived
@@ -65,6 +78,9 @@ class Sequence:
         self.tenant = submit.tenant
         self.sampling = _sampling(submit, choice)
         self.logprobs = _logprobs(submit, choice)
+        self.trace = submit.trace
+        self.grammar = submit.grammar
+        self.grammar_id = 0  # of scheduler.grammars; 0 is none
         self.order = order  # of submission among all requests
         self.eos = (frozenset[int]() if submit.ignore_eos else eos).union(submit.stop_token_ids)
 
@@ -86,9 +102,11 @@ class Sequence:
         self.capacity = 0  # positions that its blocks hold
         self.notice_at = 0  # known tokens at which the core looks at more than EOS
         self.resume_after = 0  # after a preemption: the step that has its last tokens
+        self.interrupted: float | None = None  # after one: when its last token came
 
         self.content = ""  # of its adapter, once it has started
         self.cached_tokens = 0
+        self.submitted = now
         self.started: float | None = None
         self.first_token: float | None = None
         self.ended = False

@@ -7,7 +7,16 @@ import msgspec
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 ADDED_ON_THE_WAY = frozenset({"process", "index"})  # to every sample, by pipeline.metrics
 PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "adapter_loader", "gpu_worker")
+ALIASES = "\n## Names of other servers\n"
 OF_HISTOGRAMS = frozenset({"le"})
+
+
+class AliasRow(msgspec.Struct, frozen=True):
+    """A line of the table of other servers' names."""
+
+    kind: str
+    labels: frozenset[str]
+    ours: tuple[str, ...]
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -27,6 +36,20 @@ def rows() -> dict[str, dict[str, Row]]:
         elif process in PROCESSES and line.startswith("| `"):
             _, name, kind, labels, meaning, _ = (cell.strip() for cell in line.split("|"))
             assert meaning, f"{name} has no meaning"
-            names = frozenset(label.strip("` ") for label in labels.split(",") if label)
-            tables.setdefault(process, {})[name.strip("`")] = Row(kind, names)
+            tables.setdefault(process, {})[name.strip("`")] = Row(kind, frozenset(_names(labels)))
     return tables
+
+
+def alias_rows() -> dict[str, AliasRow]:
+    """Name of the alias, as it is shown -> its row."""
+    found = {}
+    for line in PAGE.read_text().partition(ALIASES)[2].partition("\n## ")[0].splitlines():
+        if line.startswith("| `"):
+            _, name, kind, labels, ours, unit, _ = (cell.strip() for cell in line.split("|"))
+            assert unit, f"{name} has no unit"
+            found[name.strip("`")] = AliasRow(kind, frozenset(_names(labels)), tuple(_names(ours)))
+    return found
+
+
+def _names(cell: str) -> list[str]:
+    return [name.strip("` ") for name in cell.split(",") if name]

@@ -9,10 +9,14 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.messages import (
     Cancel,
+    GrammarChecked,
     ProcessReady,
     Prompt,
     PromptLogprobs,
+    Rendered,
     Shutdown,
+    Span,
+    Spans,
     Stats,
     Tokenize,
     Tokens,
@@ -21,7 +25,9 @@ from pipeline.messages import (
 from pipeline.metrics import REGISTRY, snapshot
 from pipeline.process import run
 from tokenizer_workers.core import PROCESS, Core
+from tokenizer_workers.grammar_checks import GrammarChecks
 from tokenizer_workers.loading import TextModel, load
+from tokenizer_workers.strange_templates import StrangeTemplates
 
 ENCODE_SECONDS = Histogram(
     "loradex_encode_seconds", "Time to encode a prompt, template included", registry=REGISTRY
@@ -62,7 +68,12 @@ class Worker:
             new_decoder=model.new_decoder,
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
+            new_tool_decoder=model.new_tool_decoder,
         )
+        self._templates = StrangeTemplates(
+            settings, PROCESS, index, model.template_limits, self.core.renders
+        )
+        self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
         for frontend in self.core.frontends:
@@ -80,6 +91,8 @@ class Worker:
             self._report()
 
     def close(self) -> None:
+        self._templates.close()
+        self._checks.close()
         self._outbox.close()
         self._inbox.close()
 
@@ -89,12 +102,21 @@ class Worker:
                 self.core.tokens(message, time.monotonic())
                 TOKENS.inc(len(message.token_ids))
             case Prompt():
+                started = time.monotonic()
                 with ENCODE_SECONDS.time():
-                    self.core.prompt(message, time.monotonic())
+                    self.core.prompt(message, started)
+                if not self.core.renders(message.request_id):
+                    self._trace(message, started)
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
             case Tokenize():
                 self._outbox.send("frontend", self._tokenized(message), message.frontend)
+            case Rendered():
+                prompt = self.core.rendered(message, time.monotonic())
+                if prompt is not None:
+                    self._trace(prompt, prompt.arrived)
+            case GrammarChecked():
+                self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
             case Shutdown():
@@ -102,7 +124,17 @@ class Worker:
             case _:
                 assert_never(message)
 
+    def _trace(self, prompt: Prompt, started: float) -> None:
+        """It has been encoded, or it cannot be."""
+        if prompt.trace:
+            span = Span(prompt.trace, "tokenise", started, time.monotonic())
+            self._outbox.send("frontend", Spans(PROCESS, self._index, (span,)))
+
     def _send(self) -> None:
+        for prompt in self.core.take_renderings():
+            self._templates.render(prompt)
+        for source in self.core.take_checks():
+            self._checks.check(source)
         for to in self.core.take_outbox():
             self._outbox.send(to.process, to.message, to.index)
 

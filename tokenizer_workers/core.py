@@ -20,21 +20,27 @@ from pipeline.messages import (
     FailureKind,
     Finished,
     FinishReason,
+    GrammarChecked,
     Piece,
     Pieces,
     Prompt,
     PromptDetails,
     PromptLogprobs,
+    Rendered,
     Shutdown,
     Submit,
     TokenDetail,
     Tokens,
+    ToolCallPart,
     Usage,
 )
+from tokenizer_workers.checked_grammars import CheckedGrammars
 from tokenizer_workers.decode import TextDecoder
 from tokenizer_workers.details import PromptTokens, Vocabulary
 from tokenizer_workers.encode import Encoded
+from tokenizer_workers.renderings import Renderings, as_text
 from tokenizer_workers.stop_strings import StopStrings
+from tokenizer_workers.tool_calls import Said, ToolCallParser
 
 PROCESS = "tokenizer_workers"
 
@@ -50,11 +56,12 @@ class ToPeer(msgspec.Struct, frozen=True):
 class _Outgoing:
     """What goes to one frontend next."""
 
-    __slots__ = ("details", "ends", "prompts", "texts")
+    __slots__ = ("details", "ends", "prompts", "texts", "tool_calls")
 
     def __init__(self) -> None:
         self.prompts: list[PromptDetails] = []
         self.texts: dict[int, str] = {}  # request_id -> its text since the last message
+        self.tool_calls: dict[int, list[ToolCallPart]] = {}
         self.details: dict[int, list[TokenDetail]] = {}
         self.ends: list[End] = []
 
@@ -65,20 +72,33 @@ class _Outgoing:
         self.details.setdefault(request_id, []).append(detail)
         self.texts.setdefault(request_id, "")  # so that a piece carries it
 
+    def say(self, request_id: int, said: Said) -> None:
+        if said.text:
+            self.add(request_id, said.text)
+        if said.parts:
+            self.tool_calls.setdefault(request_id, []).extend(said.parts)
+            self.texts.setdefault(request_id, "")
+
     def forget(self, request_id: int) -> None:
         self.texts.pop(request_id, None)
+        self.tool_calls.pop(request_id, None)
         self.details.pop(request_id, None)
         self.prompts = [one for one in self.prompts if one.request_id != request_id]
 
     def take(self) -> Pieces | None:
         if not (self.texts or self.ends):
             return None
-        if self.details:
+        if self.details or self.tool_calls:
             pieces = [
-                Piece(request_id, text, tuple(self.details.get(request_id, ())))
+                Piece(
+                    request_id,
+                    text,
+                    tuple(self.details.get(request_id, ())),
+                    tuple(self.tool_calls.get(request_id, ())),
+                )
                 for request_id, text in self.texts.items()
             ]
-            self.details = {}
+            self.details, self.tool_calls = {}, {}
         else:
             pieces = [Piece(request_id, text) for request_id, text in self.texts.items()]
         message = Pieces(pieces, tuple(self.ends))
@@ -96,6 +116,7 @@ class _Request:
         "decoder",
         "first_token_at",
         "outgoing",
+        "parser",
         "prompt",
         "prompt_text",
         "prompt_tokens",
@@ -114,8 +135,10 @@ class _Request:
         token_decoder: TextDecoder | None,
         stop: StopStrings | None,
         top: int,
+        parser: ToolCallParser | None,
     ) -> None:
         self.outgoing = outgoing
+        self.parser = parser
         self.arrived = arrived
         self.prompt_tokens = prompt_tokens
         self.decoder = decoder
@@ -146,6 +169,7 @@ class Core:
     new_decoder        makes what decodes a reply's text
     new_token_decoder  makes what decodes the texts of single tokens, special ones included
     vocabulary         what is told of single tokens
+    new_tool_decoder   makes what decodes the text of a reply that may call tools
 
     Times are seconds of time.monotonic().
     """
@@ -159,20 +183,24 @@ class Core:
         new_decoder: Callable[[], TextDecoder],
         new_token_decoder: Callable[[], TextDecoder],
         vocabulary: Vocabulary,
+        new_tool_decoder: Callable[[], TextDecoder],
     ) -> None:
+        self._new_tool_decoder = new_tool_decoder
+        self._grammars = CheckedGrammars()
         self._worker = worker
         self._encode = encode
         self._new_decoder = new_decoder
         self._new_token_decoder = new_token_decoder
         self._vocabulary = vocabulary
         self._requests: dict[int, _Request] = {}
+        self._renderings = Renderings()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
         self._to_scheduler: list[Submit | Cancel | Shutdown] = []
 
     @property
     def requests(self) -> int:
         """How many are open."""
-        return len(self._requests)
+        return len(self._requests) + len(self._renderings) + len(self._grammars)
 
     @property
     def frontends(self) -> list[int]:
@@ -181,12 +209,35 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
+        if prompt.chat is not None and prompt.chat_options.template:
+            self._renderings.add(prompt)
+            return
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
         try:
             encoded = self._encode(prompt)
+            if encoded.grammar and not self._grammars.may_be_used(prompt, encoded):
+                return  # it is being compiled
         except RequestError as error:
             outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
             return
+        self._submit(prompt, encoded)
+
+    def take_checks(self) -> list[str]:
+        """Grammars to be compiled beside all this; each is answered by `grammar_checked`."""
+        return self._grammars.take()
+
+    def grammar_checked(self, message: GrammarChecked, now: float) -> None:
+        """Those that wait for it are submitted, or end with the reason why not."""
+        for prompt, encoded in self._grammars.checked(message):
+            if not message.error:
+                self._submit(prompt, encoded)
+                continue
+            error = RequestError(422, FailureKind.GRAMMAR, message.error)
+            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
+            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+
+    def _submit(self, prompt: Prompt, encoded: Encoded) -> None:
+        outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
         for request_id in _request_ids(prompt):
             self._requests[request_id] = self._new_request(outgoing, prompt, encoded)
         if prompt.prompt_details:
@@ -206,11 +257,37 @@ class Core:
                 tenant=prompt.tenant,
                 choices=prompt.choices,
                 stop_token_ids=prompt.stop_token_ids,
+                trace=prompt.trace,
+                grammar=encoded.grammar,
             )
         )
 
+    def renders(self, request_id: int) -> bool:
+        """Whether this request waits for its chat to become text."""
+        return request_id in self._renderings
+
+    def take_renderings(self) -> list[Prompt]:
+        """Chats to be rendered beside all this; each is answered by `rendered`."""
+        return self._renderings.take()
+
+    def rendered(self, message: Rendered, now: float) -> Prompt | None:
+        """A chat has become text; gives its prompt, if somebody still waits for it."""
+        prompt = self._renderings.done(message.request_id)
+        if prompt is None:
+            return None
+        if message.failure is None:
+            self.prompt(as_text(prompt, message.text), now)
+        else:
+            failure = message.failure
+            error = RequestError(failure.status, failure.kind, failure.message)
+            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
+            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+        return prompt
+
     def cancel(self, request_id: int) -> None:
         """Forget the request: its frontend hears no more of it."""
+        self._renderings.done(request_id)
+        self._grammars.cancel(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
             request.outgoing.forget(request_id)
@@ -237,8 +314,9 @@ class Core:
             if request.stop is not None:
                 text = request.stop.push(text)
             if text:
-                request.outgoing.add(request_id, text)
-            if request.stop is not None and request.stop.matched:
+                self._say(request, request_id, text)
+            stopped = request.stop is not None and request.stop.matched
+            if stopped or (request.parser is not None and request.parser.is_over):
                 self._stopped(request, request_id, now)
         for finished in message.finished:
             self._finished(finished, now)
@@ -254,6 +332,8 @@ class Core:
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
         del self._outgoing[frontend]
+        self._renderings.forget(frontend)
+        self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
         if not self._outgoing:
@@ -272,14 +352,16 @@ class Core:
         return messages
 
     def _new_request(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> _Request:
+        calls = encoded.new_parser is not None
         return _Request(
             outgoing=outgoing,
             arrived=prompt.arrived,
             prompt_tokens=encoded.prompt_tokens,
-            decoder=self._new_decoder(),
+            decoder=self._new_tool_decoder() if calls else self._new_decoder(),
             token_decoder=self._new_token_decoder() if prompt.token_details else None,
             stop=StopStrings(prompt.stop, prompt.keep_stop) if prompt.stop else None,
             top=prompt.logprobs.top if prompt.logprobs is not None else 0,
+            parser=None if encoded.new_parser is None else encoded.new_parser(),
         )
 
     def _tell_prompt(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> None:
@@ -308,9 +390,18 @@ class Core:
         texts = [decoder.push(token_id) for token_id in array("i", encoded.token_ids)]
         return "".join(texts) + decoder.finish()
 
+    def _say(self, request: _Request, request_id: int, text: str) -> None:
+        if request.parser is None:
+            request.outgoing.add(request_id, text)
+        else:
+            request.outgoing.say(request_id, request.parser.push(text))
+
     def _stopped(self, request: _Request, request_id: int, now: float) -> None:
-        """A stop string matched: the end is told here, and the scheduler hears of it last."""
+        """A stop string matched, or the only call of a tool is over: the end is told here, and the
+        scheduler hears of it last."""
         del self._requests[request_id]
+        if request.parser is not None and not request.parser.is_over:
+            request.outgoing.say(request_id, request.parser.finish())
         request.outgoing.ends.append(End(request_id, FinishReason.STOP, request.usage(now)))
         self._to_scheduler.append(Cancel(request_id))
 
@@ -326,7 +417,9 @@ class Core:
             else:
                 text += request.stop.finish()
         if text:
-            request.outgoing.add(finished.request_id, text)
+            self._say(request, finished.request_id, text)
+        if request.parser is not None and not request.parser.is_over:
+            request.outgoing.say(finished.request_id, request.parser.finish())
         request.outgoing.ends.append(
             End(finished.request_id, reason, finished.usage, finished.failure)
         )

@@ -1,13 +1,17 @@
 """From a prompt to checked token ids."""
 
 from array import array
+from collections.abc import Callable
 
 import msgspec
 from tokenizers import Encoding, Tokenizer
 
 from pipeline.errors import RequestError
+from pipeline.grammars import GrammarError, source_of
 from pipeline.messages import Failure, FailureKind, Prompt, Tokenize, Tokenized
 from tokenizer_workers.chat_template import ChatTemplate
+from tokenizer_workers.tool_calls import ToolCallParser
+from tokenizer_workers.tool_use import ToolUse
 
 
 class Encoded(msgspec.Struct, frozen=True):
@@ -16,6 +20,8 @@ class Encoded(msgspec.Struct, frozen=True):
     token_ids: bytes  # int32[prompt_tokens], at least one
     prompt_tokens: int
     max_tokens: int  # at least one
+    grammar: str = ""  # as the library writes it; nobody has compiled it yet
+    new_parser: Callable[[], ToolCallParser] | None = None  # of a reply that may call tools
 
 
 class Encoder:
@@ -25,6 +31,7 @@ class Encoder:
     vocabulary         of the model; greater ids are refused
     max_total_tokens   of prompt and reply together
     token_characters   the longest token's
+    tool_use           how the model calls tools; None when it has no chat template
     """
 
     def __init__(
@@ -35,7 +42,9 @@ class Encoder:
         vocabulary: int,
         max_total_tokens: int,
         token_characters: int,
+        tool_use: ToolUse | None = None,
     ) -> None:
+        self._tool_use = tool_use
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocabulary = vocabulary
@@ -66,7 +75,25 @@ class Encoder:
                 f"`inputs` tokens + `max_new_tokens` must be <= {self._max_total_tokens}. "
                 f"Given: {count} `inputs` tokens and {max_tokens} `max_new_tokens`"
             )
-        return Encoded(ids.tobytes(), count, max_tokens)
+        return Encoded(
+            ids.tobytes(),
+            count,
+            max_tokens,
+            grammar=self._grammar(prompt),
+            new_parser=self._tool_use.new_parser(prompt.tools) if self._tool_use else None,
+        )
+
+    def _grammar(self, prompt: Prompt) -> str:
+        try:
+            grammar = self._tool_use.grammar(prompt) if self._tool_use else prompt.grammar
+            source = source_of(grammar) if grammar else ""
+        except GrammarError as error:
+            raise RequestError(422, FailureKind.GRAMMAR, str(error)) from None
+        if source and prompt.ignore_eos:
+            raise _invalid("a reply with a grammar ends with it: `ignore_eos` cannot be set")
+        if source and prompt.sampling.min_tokens:
+            raise _invalid("a reply with a grammar ends with it: `min_tokens` cannot be set")
+        return source
 
     def tokenized(self, question: Tokenize) -> Tokenized:
         """What is asked about; the text may be as long as a prompt."""
@@ -110,7 +137,11 @@ class Encoder:
         elif self._chat_template is None:
             raise RequestError(400, FailureKind.TEMPLATE, "the model has no chat template")
         else:
-            text, special = self._chat_template.render(prompt.chat), False
+            messages, tools = prompt.chat, None
+            if self._tool_use is not None:
+                messages, tools = self._tool_use.chat(prompt.chat, prompt.tools)
+            text = self._chat_template.render(messages, tools, prompt.chat_options)
+            special = prompt.chat_options.add_special_tokens
         if prompt.truncate is None:
             return array("i", self._encode_whole(text, special).ids)
         return array("i", self._encode_end(text, special, prompt.truncate))

@@ -20,11 +20,15 @@ from tokenizer_workers.decode import (
 )
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoder
+from tokenizer_workers.grammar_compiler import Compiler
+from tokenizer_workers.render import TemplateLimits
 from tokenizer_workers.token_table import (
     byte_fallback_table,
     byte_level_table,
     fallback_decoder_config,
 )
+from tokenizer_workers.tool_formats import FORMATS, ToolFormat, format_of
+from tokenizer_workers.tool_use import ToolUse
 
 
 class TextModel(msgspec.Struct, frozen=True):
@@ -34,7 +38,10 @@ class TextModel(msgspec.Struct, frozen=True):
     new_decoder: Callable[[], TextDecoder]  # a reply's text, without special tokens
     new_token_decoder: Callable[[], TextDecoder]  # with them, for the details of tokens
     vocabulary: Vocabulary
+    new_tool_decoder: Callable[[], TextDecoder]  # without, but for those around calls of tools
+    compiler: Compiler  # of grammars
     max_total_tokens: int
+    template_limits: TemplateLimits  # for templates that are not the model's
 
 
 def load(settings: Settings) -> TextModel:
@@ -49,6 +56,11 @@ def load(settings: Settings) -> TextModel:
     return text_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokens) if source else None,
+        special_tokens=tokens,
+        tool_format=FORMATS[
+            format_of(source) if settings.tool_format == "auto" else settings.tool_format
+        ],
+        compiler=Compiler(folder, config, seconds=settings.grammar_compile_seconds),
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
     )
@@ -58,27 +70,55 @@ def text_model(
     *,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
+    special_tokens: Mapping[str, str],
+    tool_format: ToolFormat,
+    compiler: Compiler,
     config: ModelConfig,
     max_total_tokens: int,
 ) -> TextModel:
+    token_characters = max(map(len, tokenizer.get_vocab()))
     added = tokenizer.get_added_tokens_decoder()
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
     all_visible = decoders(tokenizer, config.vocabulary, hidden=())
+    hidden = special_ids.union(config.eos_token_ids)
+    around_calls = {tokenizer.token_to_id(text) for text in (tool_format.begin, tool_format.end)}
     return TextModel(
         encoder=Encoder(
             tokenizer=tokenizer,
             chat_template=chat_template,
             vocabulary=config.vocabulary,
             max_total_tokens=max_total_tokens,
-            token_characters=max(map(len, tokenizer.get_vocab())),
+            token_characters=token_characters,
+            tool_use=_tool_use(tokenizer, chat_template, tool_format),
         ),
         # an end-of-text token that nobody marked as special is not for the reader either
-        new_decoder=decoders(
-            tokenizer, config.vocabulary, hidden=special_ids.union(config.eos_token_ids)
+        new_decoder=decoders(tokenizer, config.vocabulary, hidden=hidden).new,
+        new_tool_decoder=decoders(
+            tokenizer, config.vocabulary, hidden=hidden.difference(around_calls)
         ).new,
+        compiler=compiler,
         new_token_decoder=all_visible.new,
         vocabulary=Vocabulary(all_visible.bytes_of, special_ids),
         max_total_tokens=max_total_tokens,
+        template_limits=TemplateLimits(dict(special_tokens), max_total_tokens * token_characters),
+    )
+
+
+def _tool_use(
+    tokenizer: Tokenizer, chat_template: ChatTemplate | None, form: ToolFormat
+) -> ToolUse | None:
+    if chat_template is None:
+        return None
+    own = {
+        token.content: token_id
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+        if token.special or (token.content.startswith("<") and token.content.endswith(">"))
+    }
+    return ToolUse(
+        form,
+        template_shows_tools=chat_template.shows_tools,
+        template_takes_system=chat_template.takes_system,
+        token_id=own.get,
     )
 
 

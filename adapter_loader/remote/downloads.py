@@ -8,6 +8,7 @@ caller may read the files.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,17 +26,29 @@ from adapter_loader.sources import (
     AdapterFiles,
     too_large,
 )
-from pipeline.adapter_roots import CONFIG_FILE
+from pipeline.adapter_roots import CONFIG_FILE, FOLDERS
 
 ARCHIVE_FILE = "archive"
 
 T = TypeVar("T")
-# (name of a file, deadline) -> what its server says of it; None: it has no such file
-Ask = Callable[[str, float], RemoteFile | None]
+# name of a file -> what its server says of it; None: it has no such file
+Ask = Callable[[str], RemoteFile | None]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFolder:
+    """An adapter whose two files lie side by side. within is one of FOLDERS."""
+
+    within: str
+    config: RemoteFile
+    weights: RemoteFile
 
 
 class Downloads:
-    """Shared by the threads of all sources. Methods raise RequestError."""
+    """Shared by the threads of all sources. Methods raise RequestError.
+
+    A fetch has one deadline for all that it does, on time.monotonic().
+    """
 
     def __init__(
         self, *, client: HttpClient, cache: DiskCache, retries: Retries, max_adapter_bytes: int
@@ -45,34 +58,51 @@ class Downloads:
         self._retries = retries
         self._max_adapter_bytes = max_adapter_bytes
 
-    def ask(self, job: Callable[[float], T]) -> T:
-        """Run job(deadline) until it is not interrupted."""
-        deadline = self._retries.deadline()
-        return self._retries.run(lambda: job(deadline), deadline)
+    def deadline(self) -> float:
+        """Of a fetch that begins now."""
+        return self._retries.deadline()
 
-    def folder(self, place: str, whom: str, ask: Ask) -> AdapterFiles:
-        """An adapter whose two files lie side by side.
+    def ask(self, job: Callable[[], T], deadline: float) -> T:
+        """Run the job until it is not interrupted."""
+        return self._retries.run(job, deadline)
+
+    def folder(self, place: str, whom: str, ask: Ask, deadline: float) -> AdapterFiles:
+        """The adapter in a folder.
 
         place  where: the source, and whatever else tells its adapters apart, tenants included
         whom   what errors call the server
         """
-        deadline = self._retries.deadline()
-        config, weights = self._retries.run(lambda: self._described(ask, deadline), deadline)
+        found = self.find(ask, deadline)
+        entry = entry_of(f"{place} {found.within}", (found.config, found.weights))
+        return self.fetch(entry, whom, found, deadline)
+
+    def find(self, ask: Ask, deadline: float) -> RemoteFolder:
+        """The adapter's files: in the folder that is asked about, or where Ludwig puts them."""
+        return self._retries.run(lambda: self._find(ask), deadline)
+
+    def cached(self, entry: str, deadline: float) -> AdapterFiles | None:
+        """What an earlier fetch has brought; None if that is not there."""
+        return self._retries.run(lambda: self._cache.open(entry, self._max_adapter_bytes), deadline)
+
+    def fetch(self, entry: str, whom: str, found: RemoteFolder, deadline: float) -> AdapterFiles:
+        """The files of an entry, downloaded unless they are cached. See `folder`."""
 
         def fill(folder: Path) -> None:
-            self._cache.reserve(folder, config.nbytes + weights.nbytes)
-            for name, file in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+            self._cache.reserve(folder, found.config.nbytes + found.weights.nbytes)
+            for name, file in ((CONFIG_FILE, found.config), (WEIGHTS_FILE, found.weights)):
                 transfer(self._client, file, folder / name, whom, deadline)
 
-        return self._cached(_digest(place, (config, weights)), fill, deadline)
+        return self._opened(entry, fill, deadline)
 
-    def archive(self, place: str, whom: str, name: str, suffix: str, ask: Ask) -> AdapterFiles:
+    def archive(
+        self, place: str, whom: str, suffix: str, ask: Ask, deadline: float
+    ) -> AdapterFiles:
         """An adapter in one archive. See `folder`.
 
         suffix  one of archive.ARCHIVES
+        ask     is asked for the name ""
         """
-        deadline = self._retries.deadline()
-        file = self._retries.run(lambda: ask(name, deadline), deadline)
+        file = self._retries.run(lambda: ask(""), deadline)
         if file is None:
             raise not_found(f"{whom} has no such archive")
         most = self._max_adapter_bytes + SLACK_BYTES
@@ -89,33 +119,38 @@ class Downloads:
             unpack(packed, suffix, folder, self._max_adapter_bytes, reserve)
             packed.unlink()
 
-        return self._cached(_digest(place, (file,)), fill, deadline)
+        return self._opened(entry_of(place, (file,)), fill, deadline)
 
-    def _described(self, ask: Ask, deadline: float) -> tuple[RemoteFile, RemoteFile]:
+    def _find(self, ask: Ask) -> RemoteFolder:
         """Config and weights, both there and neither too large."""
-        weights = ask(WEIGHTS_FILE, deadline)
-        config = ask(CONFIG_FILE, deadline)
-        if config is None:
-            raise (invalid if weights else not_found)(f"has no {CONFIG_FILE}")
-        if weights is None:
-            pickled = ask(PICKLE_FILE, deadline) is not None
-            raise invalid(PICKLE_ONLY if pickled else f"has no {WEIGHTS_FILE}")
-        if config.nbytes > MAX_CONFIG_BYTES:
-            raise invalid(
-                f"{CONFIG_FILE} has {config.nbytes} bytes, and {MAX_CONFIG_BYTES} is the most"
-            )
-        if weights.nbytes > self._max_adapter_bytes:
-            raise too_large(weights.nbytes, self._max_adapter_bytes)
-        return config, weights
+        for within in FOLDERS:
+            at = f"{within}/" if within else ""
+            weights = ask(at + WEIGHTS_FILE)
+            config = ask(at + CONFIG_FILE)
+            if config is None and weights is None:
+                continue
+            if config is None:
+                raise invalid(f"has no {CONFIG_FILE}")
+            if weights is None:
+                pickled = ask(at + PICKLE_FILE) is not None
+                raise invalid(PICKLE_ONLY if pickled else f"has no {WEIGHTS_FILE}")
+            if config.nbytes > MAX_CONFIG_BYTES:
+                raise invalid(
+                    f"{CONFIG_FILE} has {config.nbytes} bytes, and {MAX_CONFIG_BYTES} is the most"
+                )
+            if weights.nbytes > self._max_adapter_bytes:
+                raise too_large(weights.nbytes, self._max_adapter_bytes)
+            return RemoteFolder(within, config, weights)
+        raise not_found(f"has no {CONFIG_FILE}")
 
-    def _cached(self, digest: str, fill: Callable[[Path], None], deadline: float) -> AdapterFiles:
+    def _opened(self, entry: str, fill: Callable[[Path], None], deadline: float) -> AdapterFiles:
         def attempt() -> AdapterFiles:
-            files = self._cache.open(digest, self._max_adapter_bytes)
+            files = self._cache.open(entry, self._max_adapter_bytes)
             if files is None:
-                with self._cache.filling(digest) as folder:
+                with self._cache.filling(entry) as folder:
                     fill(folder)
-                    self._cache.publish(folder, digest)
-                files = self._cache.open(digest, self._max_adapter_bytes)
+                    self._cache.publish(folder, entry)
+                files = self._cache.open(entry, self._max_adapter_bytes)
             if files is None:
                 raise Interrupted("it went away from the disk cache while it was opened")
             return files
@@ -123,7 +158,7 @@ class Downloads:
         return self._retries.run(attempt, deadline)
 
 
-def _digest(place: str, files: Sequence[RemoteFile]) -> str:
+def entry_of(place: str, files: Sequence[RemoteFile] = ()) -> str:
     """Names the entry of these versions of the files at this place."""
     parts = [place, *(f"{file.version} {file.nbytes}" for file in files)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

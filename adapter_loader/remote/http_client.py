@@ -3,6 +3,9 @@
 The standard library's client on a socket of our own: it connects to an address that was checked
 before, and each read ends when nothing comes for a while or when the whole fetch is out of time.
 Nothing is read that the caller does not ask for.
+
+Where there is a proxy, it looks up the names of the origins that somebody vouches for. For others
+it is given the address that was checked.
 """
 
 import http.client
@@ -18,6 +21,7 @@ from urllib.parse import urljoin, urlsplit
 
 from adapter_loader.refusals import forbidden, not_found, unavailable
 from adapter_loader.remote.origins import Origin, addresses_of, origin_of, public_addresses
+from adapter_loader.remote.proxies import Proxy, proxy_of
 from adapter_loader.remote.retries import Interrupted
 
 MAX_REDIRECTS = 5
@@ -64,7 +68,7 @@ class Response:
             raise forbidden(f"{whom} does not let it be read (status {self.status})")
         reason = f"{whom} answered with status {self.status}"
         if self.status in LATER or self.status >= 500:
-            raise Interrupted(reason, _retry_after(self.headers.get("Retry-After")))
+            raise Interrupted(reason, retry_after(self.headers.get("Retry-After")))
         raise unavailable(reason)
 
 
@@ -86,17 +90,15 @@ class HttpClient:
         other. deadline is on time.monotonic(). Raises RequestError or Interrupted.
         """
         first = origin = origin_of(url)
-        addresses = addresses_of(first)
         for _ in range(MAX_REDIRECTS + 1):
             sent = headers if origin == first else _without_authorization(headers)
-            with self._exchange(method, url, sent, origin, addresses, deadline) as response:
+            named = origin == first or origin in self._named
+            with self._exchange(method, url, sent, origin, named, deadline) as response:
                 location = response.headers.get("Location")
                 if response.status not in REDIRECTS or location is None:
                     yield response
                     return
             url, origin = _target(url, location)
-            named = origin == first or origin in self._named
-            addresses = addresses_of(origin) if named else public_addresses(origin)
         raise unavailable(f"it is redirected more than {MAX_REDIRECTS} times")
 
     @contextmanager
@@ -106,18 +108,31 @@ class HttpClient:
         url: str,
         headers: Mapping[str, str],
         origin: Origin,
-        addresses: list[str],
+        named: bool,
         deadline: float,
     ) -> Iterator[Response]:
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        sock = self._connect(origin, addresses, deadline)
+        proxy = proxy_of(origin)
+        if proxy is None:
+            addresses = addresses_of(origin) if named else public_addresses(origin)
+            sock = self._connect(origin, addresses, deadline)
+        else:
+            host = origin.host if named else public_addresses(origin)[0]
+            sock = self._connect_through(proxy, origin, host, deadline)
+            if origin.scheme == "http":
+                target = f"{origin}{target}"
+                headers = {**headers, **proxy.headers}
         try:
             with _interruptions():
                 connection = http.client.HTTPConnection(origin.host, origin.port)
                 limited = _LimitedSocket(sock, self._limits.stall_seconds, deadline)
                 connection.sock = cast(socket.socket, limited)
-                fixed = {"Connection": "close", "Accept-Encoding": "identity"}
+                fixed = {
+                    "Connection": "close",
+                    "Accept-Encoding": "identity",
+                    "User-Agent": "loradex",
+                }
                 connection.request(method, target, headers={**fixed, **headers})
                 response = connection.getresponse()
             yield Response(response)
@@ -125,8 +140,8 @@ class HttpClient:
             sock.close()
 
     def _connect(self, origin: Origin, addresses: list[str], deadline: float) -> socket.socket:
-        """To the first address that answers. Raises Interrupted."""
-        reason = f"the host {origin.host} cannot be reached"
+        """To the first address that answers. Raises Interrupted or RequestError."""
+        failure = Interrupted(f"the host {origin.host} cannot be reached")
         for address in addresses:
             seconds = min(self._limits.connect_seconds, deadline - time.monotonic())
             if seconds <= 0:
@@ -135,19 +150,60 @@ class HttpClient:
                 sock = socket.create_connection((address, origin.port), seconds)
             except OSError:
                 continue
-            try:
-                if origin.scheme == "https":
-                    return self._tls.wrap_socket(sock, server_hostname=origin.host)
+            if origin.scheme == "http":
                 return sock
-            except ssl.SSLCertVerificationError as error:
-                sock.close()
-                raise unavailable(
-                    f"the certificate of {origin.host} cannot be trusted ({error.verify_message})"
-                ) from error
-            except OSError:
-                sock.close()
-                reason = f"the host {origin.host} does not speak TLS as it should"
-        raise Interrupted(reason)
+            try:
+                return self._with_tls(sock, origin)
+            except Interrupted as error:
+                failure = error
+        raise failure
+
+    def _connect_through(
+        self, proxy: Proxy, origin: Origin, host: str, deadline: float
+    ) -> socket.socket:
+        """To a proxy, and where there is TLS on to the host. Raises Interrupted or RequestError."""
+        first = Origin("http", proxy.host, proxy.port)
+        try:
+            sock = self._connect(first, addresses_of(first), deadline)
+        except Interrupted as error:
+            raise Interrupted("the proxy of this server cannot be reached") from error
+        if origin.scheme == "http":
+            return sock
+        try:
+            self._open_tunnel(sock, proxy, host, origin.port, deadline)
+        except BaseException:
+            sock.close()
+            raise
+        return self._with_tls(sock, origin)
+
+    def _open_tunnel(
+        self, sock: socket.socket, proxy: Proxy, host: str, port: int, deadline: float
+    ) -> None:
+        """CONNECT, of RFC 9110, section 9.3.6."""
+        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        lines = [f"CONNECT {target} HTTP/1.1", f"Host: {target}"]
+        lines += [f"{name}: {value}" for name, value in proxy.headers.items()]
+        limited = _LimitedSocket(sock, self._limits.stall_seconds, deadline)
+        with _interruptions():
+            limited.sendall("\r\n".join([*lines, "", ""]).encode("ascii"))
+            response = http.client.HTTPResponse(cast(socket.socket, limited), method="CONNECT")
+            response.begin()
+        if not 200 <= response.status < 300:
+            reason = f"the proxy does not lead to {host} (status {response.status})"
+            raise Interrupted(reason) if response.status >= 500 else unavailable(reason)
+
+    def _with_tls(self, sock: socket.socket, origin: Origin) -> socket.socket:
+        """Raises Interrupted or RequestError; the socket is closed then."""
+        try:
+            return self._tls.wrap_socket(sock, server_hostname=origin.host)
+        except ssl.SSLCertVerificationError as error:
+            sock.close()
+            raise unavailable(
+                f"the certificate of {origin.host} cannot be trusted ({error.verify_message})"
+            ) from error
+        except OSError as error:
+            sock.close()
+            raise Interrupted(f"the host {origin.host} does not speak TLS as it should") from error
 
 
 class _LimitedSocket:
@@ -216,11 +272,11 @@ def _target(url: str, location: str) -> tuple[str, Origin]:
 
 
 def _without_authorization(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name != "Authorization"}
+    return {name: value for name, value in headers.items() if name.lower() != "authorization"}
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds; a date, which it may be too, counts for nothing."""
+def retry_after(value: str | None) -> float:
+    """Seconds of a header Retry-After; a date, which it may be too, counts for nothing."""
     if value is None or not value.isascii() or not value.isdigit():
         return 0.0
     return min(float(value), MAX_RETRY_AFTER_SECONDS)

@@ -24,17 +24,31 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)", re.ASCII)
 class RemoteFile:
     """A file as its server describes it, before it is fetched.
 
-    version  equal for equal content: an ETag or a date
-    resumes  whether `version` may stand in If-Range: a strong ETag, or a date without an ETag
+    version  equal for equal content at one place
+    etag     what a reply from this URL has as its ETag, if it has one; may be weak
+    date     its Last-Modified
     sha256   hexadecimal, where the server tells it
     """
 
     url: str = field(repr=False)  # may be signed
     nbytes: int
     version: str
-    resumes: bool = True
+    etag: str | None = None
+    date: str | None = None
     sha256: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def condition(self) -> str | None:
+        """What may stand in If-Range: a strong ETag, or a date without an ETag."""
+        if self.etag is None:
+            return self.date
+        return None if self.etag.startswith("W/") else self.etag
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the rest can be asked for: a checksum finds out if it is of another file."""
+        return self.condition is not None or self.sha256 is not None
 
 
 def transfer(client: HttpClient, file: RemoteFile, path: Path, whom: str, deadline: float) -> None:
@@ -61,7 +75,9 @@ def _receive(
 ) -> None:
     headers = dict(file.headers)
     if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": file.version}
+        headers["Range"] = f"bytes={have}-"
+        if file.condition is not None:
+            headers["If-Range"] = file.condition
     with client.open("GET", file.url, headers, deadline) as response:
         if response.status == 416:
             os.ftruncate(descriptor, 0)
@@ -75,12 +91,15 @@ def _receive(
                 raise Interrupted("the connection ended early")
             os.pwrite(descriptor, data, offset)
             offset += len(data)
+        if response.read_some(1):  # nothing has said how long it would be
+            os.ftruncate(descriptor, 0)
+            raise unavailable(CHANGED)
 
 
 def _offset(response: Response, file: RemoteFile, have: int) -> int:
     """Where the reply's first byte belongs. Raises RequestError when it is of another file."""
     etag = response.headers.get("ETag")
-    if etag is not None and file.version.endswith('"') and etag != file.version:
+    if etag is not None and file.etag is not None and etag != file.etag:
         raise unavailable(CHANGED)
     if response.headers.get("Content-Encoding", "identity") != "identity":
         raise unavailable("the server sends it compressed, which was not asked for")

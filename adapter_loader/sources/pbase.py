@@ -68,11 +68,12 @@ class PbaseSource:
         if not token:
             raise forbidden("source pbase needs a token of Predibase in the request")
         repo, version, secret = match["repo"], match["version"], token
-        path = self._downloads.ask(lambda until: self._resolve(repo, version, secret, until))
+        deadline = self._downloads.deadline()
+        path = self._downloads.ask(lambda: self._resolve(repo, version, secret, deadline), deadline)
         prefix = path.removeprefix(f"s3://{self._bucket}/").strip("/")
         if not prefix or "://" in prefix:
             raise unavailable(f"{WHOM} says that it lies outside the bucket of this server")
-        return self._store.fetch(f"{key.source} {key.scope}", self._bucket, prefix)
+        return self._store.fetch(f"{key.source} {key.scope}", self._bucket, prefix, deadline)
 
     def _resolve(self, repo: str, version: str | None, token: str, deadline: float) -> str:
         """Where in the bucket it lies. Raises RequestError or Interrupted."""

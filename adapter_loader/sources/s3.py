@@ -27,7 +27,7 @@ from botocore.exceptions import (
 
 from adapter_loader.refusals import forbidden, invalid, unavailable
 from adapter_loader.remote.downloads import Downloads
-from adapter_loader.remote.http_client import Limits
+from adapter_loader.remote.http_client import LATER, Limits, retry_after
 from adapter_loader.remote.retries import Interrupted
 from adapter_loader.remote.transfer import RemoteFile
 from adapter_loader.sources import AdapterFiles
@@ -64,16 +64,20 @@ class S3Store:
         )
         self._downloads = downloads
 
-    def fetch(self, place: str, bucket: str, prefix: str) -> AdapterFiles:
+    def fetch(
+        self, place: str, bucket: str, prefix: str, deadline: float | None = None
+    ) -> AdapterFiles:
         """The adapter below a prefix. Raises RequestError.
 
-        place  see Downloads.folder
+        place     see Downloads.folder
+        deadline  of a fetch that has begun already
         """
 
-        def ask(name: str, deadline: float) -> RemoteFile | None:
+        def ask(name: str) -> RemoteFile | None:
             return self._describe(bucket, f"{prefix}/{name}")
 
-        return self._downloads.folder(f"{place} {bucket}/{prefix}", WHOM, ask)
+        until = self._downloads.deadline() if deadline is None else deadline
+        return self._downloads.folder(f"{place} {bucket}/{prefix}", WHOM, ask, until)
 
     def _describe(self, bucket: str, name: str) -> RemoteFile | None:
         wanted = {"Bucket": bucket, "Key": name}
@@ -85,14 +89,15 @@ class S3Store:
         except ClientError as error:
             if _status(error) == 404:
                 return None
-            raise _refusal(_status(error)) from error
+            raise _refusal(error) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise unavailable("this server has no credentials for the store") from error
         except (ConnectionError, HTTPClientError) as error:
             raise Interrupted("the store cannot be reached") from error
         except BotoCoreError as error:
             raise invalid("its id is not the name of a bucket and a prefix") from error
-        return RemoteFile(url, head["ContentLength"], head["ETag"], sha256=_sha256(head))
+        etag = head["ETag"]
+        return RemoteFile(url, head["ContentLength"], etag, etag, sha256=_sha256(head))
 
 
 class S3Source:
@@ -121,11 +126,15 @@ def _status(error: ClientError) -> int:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
 
 
-def _refusal(status: int) -> RequestError | Interrupted:
+def _refusal(error: ClientError) -> RequestError | Interrupted:
+    status = _status(error)
     if status in (400, 401, 403):  # an expired token is a 400
         return forbidden(f"{WHOM} does not let this server read it (status {status})")
     reason = f"{WHOM} answered with status {status}"
-    return Interrupted(reason) if status == 429 or status >= 500 else unavailable(reason)
+    if status in LATER or status >= 500:
+        headers = error.response["ResponseMetadata"].get("HTTPHeaders", {})
+        return Interrupted(reason, retry_after(headers.get("retry-after")))
+    return unavailable(reason)
 
 
 def _sha256(head: dict[str, Any]) -> str | None:

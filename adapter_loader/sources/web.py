@@ -22,6 +22,7 @@ from pipeline.messages import AdapterKey
 
 NO_HEAD = (405, 501)
 _IN_A_PATH = "/%:@!$&'()*+,;=~"
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _SHA256 = re.compile(r"\bsha-256=:([A-Za-z0-9+/=]{44}):", re.ASCII)  # RFC 9530
 
 
@@ -49,15 +50,16 @@ class HttpSource:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         whom = f"the host {origin.host}"
         place = f"{key.source} {key.scope} {url}"
+        deadline = self._downloads.deadline()
 
-        def ask(name: str, deadline: float) -> RemoteFile | None:
+        def ask(name: str) -> RemoteFile | None:
             return self._describe(f"{url}{name}", headers, whom, deadline)
 
         for suffix in ARCHIVES:
             if url.endswith(suffix):
-                return self._downloads.archive(place, whom, "", suffix, ask)
+                return self._downloads.archive(place, whom, suffix, ask, deadline)
         url += "/"
-        return self._downloads.folder(place, whom, ask)
+        return self._downloads.folder(place, whom, ask, deadline)
 
     def _checked(self, id: str) -> tuple[Origin, str]:
         """Whom to ask for what. Raises RequestError."""
@@ -89,15 +91,14 @@ def _described(url: str, headers: Mapping[str, str], told: Message) -> RemoteFil
     length = told.get("Content-Length", "")
     etag, date = told.get("ETag"), told.get("Last-Modified")
     version = etag or date
-    if not (length.isascii() and length.isdigit()):
+    if not _LENGTH.fullmatch(length):
         raise invalid("its server does not say how large it is (Content-Length)")
     if version is None:
         raise invalid(
             "its server tells neither ETag nor Last-Modified, so that a change would go unnoticed"
         )
-    resumes = not version.startswith("W/")
     sha256 = _sha256(told.get("Repr-Digest", ""))
-    return RemoteFile(url, int(length), version, resumes, sha256, headers)
+    return RemoteFile(url, int(length), version, etag, date, sha256, headers)
 
 
 def _sha256(digests: str) -> str | None:

@@ -48,6 +48,9 @@ class Engine:
         self._copies_end = 0.0
         self._arrives: dict[int, float] = {}  # by slot
         self.busy_seconds = 0.0
+        self.steps = 0
+        self.tokens = 0  # that were computed, of prompts and of replies
+        self.adapters = 0  # distinct ones of each step, summed
 
     def send(self, step: Step) -> None:
         work = self._rows.apply(step)
@@ -61,6 +64,9 @@ class Engine:
         copied = max((self._arrives.get(new.slot, 0.0) for new in step.new_rows), default=0.0)
         self._free_at = max(start + seconds, copied)
         self.busy_seconds += seconds
+        self.steps += 1
+        self.tokens += work.rows + work.prompt_tokens
+        self.adapters += work.adapters
         done = StepDone(step.step_id, array("i", [TOKEN]).tobytes() * work.sampled)
         self._clock.at(self._free_at, lambda: self._done(done))
 

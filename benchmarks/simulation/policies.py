@@ -5,6 +5,7 @@ prefill, paged KV, loads in order of their turns. LoRAX has none of that while i
 better here than it is.
 """
 
+import heapq
 import math
 from bisect import insort
 from collections.abc import Iterable
@@ -61,6 +62,10 @@ class _Queues(Policy):
 
     def unblock(self, key: AdapterKey) -> None:
         self._blocked.pop(key, None)
+
+    def blocked_in_turn(self, most: int) -> list[AdapterKey]:
+        waited_for = [key for key in self._blocked if key in self._waiting]
+        return heapq.nsmallest(most, waited_for, key=self.turn)
 
     def _oldest(self, key: AdapterKey | None) -> int:
         return self._waiting[key][0].order

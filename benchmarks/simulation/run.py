@@ -2,6 +2,7 @@
 
 import resource
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -72,8 +73,10 @@ class Run:
         )
         self._open: dict[int, tuple[str, bool]] = {}
         self._submitted = 0
-        self._arrivals_end = 0.0
-        self._tokens = 0  # prompt and output, of requests that ended before the last arrival
+        self._tokens = 0  # prompt and output, of requests that ended
+        self._asked_tokens_per_second = 0.0  # computed until the last arrival
+        self._asked_adapters_per_step = 0.0
+        self._processor_before = _processor_seconds()
         self.outcomes: list[Outcome] = []
         self.refused = 0
 
@@ -94,12 +97,15 @@ class Run:
         request = next(self._requests, None)
         if request is not None:
             self._clock.at(request.arrival, lambda: self._arrive(request))
+        elif self._clock.now:
+            engine = self._engine
+            self._asked_tokens_per_second = engine.tokens / self._clock.now
+            self._asked_adapters_per_step = engine.adapters / max(engine.steps, 1)
 
     def _arrive(self, request: Request) -> None:
         self._submitted += 1
         key = AdapterKey("local", request.adapter)
         self._open[self._submitted] = (request.tenant, key in self.measured.resident)
-        self._arrivals_end = request.arrival
         prompt = array("i", [TOKEN]) * request.prompt_tokens
         prompt[0] = self._submitted  # so that no two begin alike
         submit = Submit(
@@ -160,6 +166,7 @@ class Run:
         suspects = set(suspects)
         victims = [one for one in self.outcomes if one.tenant not in suspects]
         others = [one for one in self.outcomes if one.tenant in suspects]
+        busiest, above, within = self._by_demand()
         indices = self.measured.indices
         core = self._core.figures()
         return {
@@ -167,6 +174,8 @@ class Run:
             "refused": self.refused,
             "seconds": self._clock.now,
             "tokens_per_second": self._tokens / self._clock.now,
+            "asked_tokens_per_second": self._asked_tokens_per_second,
+            "asked_adapters_per_step": self._asked_adapters_per_step,
             "busy": self._engine.busy_seconds / self._clock.now,
             "steps": core.steps,
             "preemptions": core.preemptions,
@@ -176,12 +185,32 @@ class Run:
                 "victims_hot": _percentiles([one for one in victims if one.hot]),
                 "victims_cold": _percentiles([one for one in victims if not one.hot]),
                 "suspects": _percentiles(others),
+                "busiest": _percentiles(busiest),
+                "above_equal": _percentiles(above),
+                "within_equal": _percentiles(within),
             },
             "jain": sum(indices) / len(indices) if indices else None,
             "jain_windows": len(indices),
             "longest_passed_seconds": self.watched.longest,
-            "processor_seconds": resource.getrusage(resource.RUSAGE_SELF).ru_utime,
+            "processor_seconds": _processor_seconds() - self._processor_before,
         }
+
+    def _by_demand(self) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
+        """Of the tenant that asked most, of those that asked for more than an equal part, and of
+        the others."""
+        counts = Counter(one.tenant for one in self.outcomes)
+        equal = len(self.outcomes) / max(len(counts), 1)
+        busiest = {name for name, _ in counts.most_common(1)}
+        above = {name for name, count in counts.items() if count > equal}
+        return (
+            [one for one in self.outcomes if one.tenant in busiest],
+            [one for one in self.outcomes if one.tenant in above],
+            [one for one in self.outcomes if one.tenant not in above],
+        )
+
+
+def _processor_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def _percentiles(outcomes: list[Outcome]) -> dict[str, float] | None:
@@ -189,7 +218,8 @@ def _percentiles(outcomes: list[Outcome]) -> dict[str, float] | None:
         return None
     times = np.array([one.first_token_seconds for one in outcomes])
     p50, p99 = np.percentile(times, (50, 99))
-    return {"requests": len(outcomes), "p50": float(p50), "p99": float(p99)}
+    mean = float(times.mean())
+    return {"requests": len(outcomes), "mean": mean, "p50": float(p50), "p99": float(p99)}
 
 
 ACTIVE_ADAPTERS = POOL_BYTES // cost.ADAPTER_BYTES

@@ -47,5 +47,8 @@ class Wrapped(Policy):
     def turn(self, key: AdapterKey) -> Turn:
         return self.policy.turn(key)
 
+    def blocked_in_turn(self, most: int) -> list[AdapterKey]:
+        return self.policy.blocked_in_turn(most)
+
     def yields(self, key: AdapterKey, other: AdapterKey, now: float) -> bool:
         return self.policy.yields(key, other, now)

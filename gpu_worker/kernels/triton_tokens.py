@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from gpu_worker.sampling import NOT_FINITE
+from pipeline.messages import NOT_FINITE
 
 EMBED_BLOCK = 1024
 GREEDY_BLOCK = 4096

@@ -144,6 +144,17 @@ def test_content_that_changes_between_two_parts_is_never_mixed(
     assert weights_of(source, key) == bytes(len(old.content))
 
 
+@pytest.mark.parametrize("get_length", [True, False])
+def test_a_file_that_is_longer_than_it_was_said_to_be_is_not_used_in_part(
+    get_length: bool, server: WebServer, source: HttpSource, adapter: Callable[..., AdapterKey]
+) -> None:
+    key = adapter(surplus=b"more", get_length=get_length)
+    assert_refused(source, key, FailureKind.ADAPTER_UNAVAILABLE, "changed while it was fetched")
+    weights(server).surplus = b""
+    assert weights_of(source, key) == weights(server).content
+    assert server.gets()[-1] == f"/x/{WEIGHTS} -"
+
+
 def repr_digest(content: bytes) -> dict[str, str]:
     digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
     return {"Repr-Digest": f"sha-512=:AA==:, sha-256=:{digest}:"}
@@ -262,12 +273,26 @@ def test_a_redirect_leads_only_where_it_may(
 
 @pytest.mark.parametrize(
     ("how", "word"),
-    [({"length": False}, "Content-Length"), ({"etag": ""}, "neither ETag nor Last-Modified")],
+    [
+        ({"length": False, "headers": {"Content-Length": "9" * 5000}}, "Content-Length"),
+        ({"length": False}, "Content-Length"),
+        ({"etag": ""}, "neither ETag nor Last-Modified"),
+    ],
 )
 def test_a_server_must_say_what_is_needed_to_check_it(
     how: dict[str, object], word: str, source: HttpSource, adapter: Callable[..., AdapterKey]
 ) -> None:
     assert_refused(source, adapter(**how), FailureKind.ADAPTER_INVALID, word)
+
+
+@pytest.mark.parametrize("within", ["model_weights", "model/model_weights"])
+def test_a_run_of_ludwig_is_found_where_ludwig_puts_it(
+    within: str, server: WebServer, source: HttpSource, adapter: Callable[..., AdapterKey]
+) -> None:
+    content = weights_of(source, adapter())
+    for name in (CONFIG, WEIGHTS):
+        server.files[f"/run/{within}/{name}"] = server.files[f"/x/{name}"]
+    assert weights_of(source, AdapterKey("http", f"{server.url}/run")) == content
 
 
 def test_what_is_not_there_is_said(

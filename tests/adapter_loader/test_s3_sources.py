@@ -15,7 +15,14 @@ from adapter_loader.sources.pbase import PbaseSource
 from adapter_loader.sources.s3 import S3Source, S3Store
 from pipeline.messages import AdapterKey, FailureKind
 from tests.adapter_loader.adapters import CONFIG, WEIGHTS
-from tests.adapter_loader.remote_parts import MAX_BYTES, TRIES, assert_refused, parts, weights_of
+from tests.adapter_loader.remote_parts import (
+    MAX_BYTES,
+    TRIES,
+    Parts,
+    assert_refused,
+    parts,
+    weights_of,
+)
 from tests.adapter_loader.web_server import Served, WebServer, web_server
 
 BUCKET = "adapters"
@@ -61,12 +68,12 @@ def put(s3: Any, good_adapter: Path) -> Callable[..., bytes]:
     return put
 
 
-def store(endpoint: str, folder: Path) -> S3Store:
-    return S3Store(endpoint=endpoint, limits=Limits(5, 5), downloads=parts(folder).downloads)
+def store(endpoint: str, made: Parts) -> S3Store:
+    return S3Store(endpoint=endpoint, limits=Limits(5, 5), downloads=made.downloads)
 
 
 def source(endpoint: str, folder: Path, bucket: str = BUCKET) -> S3Source:
-    return S3Source(buckets=[bucket], store=store(endpoint, folder))
+    return S3Source(buckets=[bucket], store=store(endpoint, parts(folder)))
 
 
 @pytest.mark.parametrize("how", [{}, {"ChecksumAlgorithm": "SHA256"}])
@@ -97,6 +104,15 @@ def test_the_rest_of_a_cut_off_download_comes_from_a_range(
     assert kept == b"kept" + content[4:half] + content[half:]
 
 
+@pytest.mark.parametrize("within", ["model_weights", "model/model_weights"])
+def test_a_run_of_ludwig_is_found_where_ludwig_puts_it(
+    within: str, endpoint: str, put: Callable[..., bytes], tmp_path: Path
+) -> None:
+    content = put(f"run-of-{within}/{within}")
+    key = AdapterKey("s3", f"s3://{BUCKET}/run-of-{within}")
+    assert weights_of(source(endpoint, tmp_path), key) == content
+
+
 def test_what_is_not_in_the_bucket_is_said(endpoint: str, s3: Any, tmp_path: Path) -> None:
     made = source(endpoint, tmp_path)
     missing = AdapterKey("s3", f"s3://{BUCKET}/nothing")
@@ -119,6 +135,17 @@ def test_other_buckets_are_not_read(endpoint: str, s3: Any, tmp_path: Path) -> N
         assert_refused(made, AdapterKey("s3", id), FailureKind.ADAPTER_FORBIDDEN, "bucket")
     for id in ("s3://adapters", "s3:///x", "adapters/x"):
         assert_refused(made, AdapterKey("s3", id), FailureKind.ADAPTER_INVALID, "bucket/prefix")
+
+
+def test_a_store_that_wants_to_be_left_alone_for_a_while_is(tmp_path: Path) -> None:
+    made = parts(tmp_path)
+    with web_server() as server:
+        path = f"/{BUCKET}/team/x/{WEIGHTS}"
+        served = Served(b"", statuses=[503] * TRIES, headers={"Retry-After": "7"})
+        server.files[path] = served
+        patient = S3Source(buckets=[BUCKET], store=store(server.url, made))
+        assert_refused(patient, KEY, FailureKind.ADAPTER_UNAVAILABLE, "503")
+    assert made.waits == [7, 7]
 
 
 def test_a_store_that_refuses_or_is_away_is_said(tmp_path: Path) -> None:
@@ -156,7 +183,7 @@ def pbase(gateway: WebServer, endpoint: str, folder: Path) -> PbaseSource:
         bucket=BUCKET,
         client=made.client,
         downloads=made.downloads,
-        store=store(endpoint, folder),
+        store=store(endpoint, made),
     )
 
 

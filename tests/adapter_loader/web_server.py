@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ class Served:
     ranges: bool = True
     head: bool = True  # knows HEAD
     length: bool = True  # tells Content-Length
+    surplus: bytes = b""  # what each GET sends beyond what HEAD has told
+    get_length: bool = True  # tells Content-Length to a GET
     redirect: str = ""
 
     def tag(self) -> str:
@@ -48,7 +51,7 @@ class WebServer:
 
 
 @contextmanager
-def web_server() -> Iterator[WebServer]:
+def web_server(tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             server.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '-')}")
@@ -57,6 +60,8 @@ def web_server() -> Iterator[WebServer]:
             status = self._refusal(file)
             if file is None or status:
                 self.send_response(status or 404)
+                for name, value in (file.headers if file else {}).items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             elif file.redirect:
@@ -91,7 +96,9 @@ def web_server() -> Iterator[WebServer]:
                     self.send_header(name, value)
             for name, value in file.headers.items():
                 self.send_header(name, value)
-            if file.length:
+            if self.command == "GET":
+                body += file.surplus
+            if file.length and (file.get_length or self.command == "HEAD"):
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":
@@ -108,7 +115,7 @@ def web_server() -> Iterator[WebServer]:
 
         def _start(self, file: Served) -> int:
             match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            same = self.headers.get("If-Range") in (file.tag(), file.date)
+            same = self.headers.get("If-Range") in (None, file.tag(), file.date)
             return int(match[1]) if match and file.ranges and same else 0
 
         def log_message(self, format: str, *args: object) -> None:
@@ -116,7 +123,10 @@ def web_server() -> Iterator[WebServer]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
         port = listening.server_address[1]
-        server = WebServer(f"http://127.0.0.1:{port}", port)
+        if tls is not None:
+            listening.socket = tls.wrap_socket(listening.socket, server_side=True)
+        scheme = "https" if tls else "http"
+        server = WebServer(f"{scheme}://127.0.0.1:{port}", port)
         thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
         yield server

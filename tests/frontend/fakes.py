@@ -19,6 +19,7 @@ from frontend.commands import Commands
 from frontend.downstream import Downstream
 from frontend.exchange import HttpReply
 from frontend.processes import Processes
+from frontend.tracing import Tracing
 from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
@@ -164,6 +165,7 @@ class Backend:
         ready: bool = True,
         index: int = 0,
         keep_alive_seconds: float = 15.0,
+        tracing: Tracing | None = None,
         **changes: Any,
     ) -> None:
         self.answer = answer
@@ -190,6 +192,7 @@ class Backend:
             downstream=self.downstream,
             processes=self.processes,
             administration=self.administration,
+            tracing=tracing,
         )
 
     def send(self, process: str, message: Message, index: int) -> None:

@@ -14,7 +14,9 @@ from frontend.adapters import (
     Wanted,
     scope_of,
     source_token,
+    tenant_of,
 )
+from frontend.authorization import Authorization
 from frontend.parameters import ParameterError
 from pipeline.config import SOURCES
 from pipeline.messages import AdapterKey
@@ -166,25 +168,20 @@ def test_a_scope_does_not_tell_its_token() -> None:
     assert "secret" not in scope_of("hf_secret")
 
 
-@pytest.mark.parametrize(
-    ("given", "authorization", "token"),
-    [
-        (None, None, None),
-        ("hf_body", "Bearer hf_header", "hf_body"),
-        ("", "Bearer hf_header", "hf_header"),
-        (None, "bearer   hf_header ", "hf_header"),
-        (None, "Basic dXNlcg==", None),
-        (None, "Bearer ", None),
-        (None, "Bearer EMPTY", None),
-        (None, "Bearer dummy", None),
-        (None, "Bearer sk-proj-of-somebody-else", None),
-        ("EMPTY", None, "EMPTY"),
-    ],
-)
-def test_the_body_wins_over_the_header_and_placeholders_are_nothing(
-    given: str | None, authorization: str | None, token: str | None
-) -> None:
-    assert source_token(given, authorization) == token
+def test_the_body_wins_over_the_header() -> None:
+    shown = Authorization(adapter_token="hf_header")
+    assert source_token("hf_body", shown) == "hf_body"
+    assert source_token("", shown) == source_token(None, shown) == "hf_header"
+    assert source_token(None, None) is None
+    assert source_token("EMPTY", None) == "EMPTY"
+
+
+def test_a_tenant_is_known_by_its_bearer_then_by_its_token() -> None:
+    everything = Authorization(bearer="key", adapter_token="hf_header")
+    assert tenant_of("hf_body", everything) == scope_of("key")
+    assert tenant_of("hf_body", Authorization(adapter_token="hf_header")) == scope_of("hf_body")
+    assert tenant_of(None, Authorization(adapter_token="hf_header")) == scope_of("hf_header")
+    assert tenant_of(None, None) == tenant_of(None, Authorization()) == ""
 
 
 @pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "tok\u00e9n", "x" * 4097])

@@ -101,6 +101,77 @@ async def test_vllms_errors_have_openais_shape_and_the_status_as_their_code() ->
     }
 
 
+TAKEN = Failure(400, FailureKind.NAME_TAKEN, "an adapter is loaded as 'sql' already")
+UNKNOWN = Failure(404, FailureKind.NAME_UNKNOWN, "no adapter is loaded as 'sql'")
+INVALID = Failure(422, FailureKind.ADAPTER_INVALID, "adapter org/sql: it does not fit")
+BROKEN = Failure(500, FailureKind.INTERNAL, "adapter org/sql: loading it failed")
+AWAY = Failure(503, FailureKind.ADAPTER_UNAVAILABLE, "adapter org/sql: the hub stalls")
+
+
+@pytest.mark.parametrize(
+    ("failure", "route", "status", "type", "message"),
+    [
+        (
+            TAKEN,
+            "load",
+            400,
+            "InvalidUserInput",
+            "The lora adapter 'sql' has already been loaded. If you want to load the adapter in "
+            "place, set 'load_inplace' to True.",
+        ),
+        (UNKNOWN, "unload", 404, "NotFoundError", "The lora adapter 'sql' cannot be found."),
+        (INVALID, "load", 400, "BadRequestError", INVALID.message),
+        (BROKEN, "load", 500, "InternalServerError", BROKEN.message),
+        (AWAY, "load", 503, "ServiceUnavailableError", AWAY.message),
+    ],
+)
+async def test_vllms_errors_are_in_the_words_that_controllers_look_for(
+    failure: Failure, route: str, status: int, type: str, message: str
+) -> None:
+    reply = await Scheduled(failure).post(f"/v1/{route}_lora_adapter", LOAD)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert (error["type"], error["code"], error["message"]) == (type, status, message)
+
+
+async def test_vllm_names_what_is_missing() -> None:
+    for route, sentence in (
+        ("load", "Both 'lora_name' and 'lora_path' must be provided."),
+        ("unload", "'lora_name' needs to be provided to unload a LoRA adapter."),
+    ):
+        error = (await Scheduled().post(f"/v1/{route}_lora_adapter", {})).json()["error"]
+        assert (error["type"], error["message"]) == ("InvalidUserInput", sentence)
+
+
+@pytest.mark.parametrize(
+    ("failure", "route", "status", "message"),
+    [
+        (TAKEN, "load", 400, "Failed to load LoRA adapter sql because it is already loaded"),
+        (UNKNOWN, "unload", 400, "LoRA with name sql does not exist. Loaded LoRAs: other"),
+        (INVALID, "load", 400, INVALID.message),
+        (AWAY, "load", 503, AWAY.message),
+    ],
+)
+async def test_sglangs_errors_are_in_its_words(
+    failure: Failure, route: str, status: int, message: str
+) -> None:
+    backend = Scheduled(failure)
+    backend.downstream.aliases.replace(Aliases(1, {"other": SQL}))
+    reply = await backend.post(f"/{route}_lora_adapter", LOAD)
+    assert reply.status_code == status
+    assert reply.json() == {
+        "success": False,
+        "error_message": message,
+        "loaded_adapters": {"other": "org/sql"},
+    }
+
+
+async def test_a_name_in_braces_is_only_a_name() -> None:
+    load = {**LOAD, "lora_name": "{name.__class__}"}
+    error = (await Scheduled(TAKEN).post("/v1/load_lora_adapter", load)).json()["error"]
+    assert error["message"].startswith("The lora adapter '{name.__class__}' has already")
+
+
 async def test_sglangs_load_and_unload_answer_with_what_is_loaded() -> None:
     backend = Scheduled()
     backend.downstream.aliases.replace(Aliases(1, {"sql": SQL}))
@@ -191,7 +262,11 @@ async def test_the_key_goes_to_no_source_but_the_token_of_the_body_does() -> Non
     assert backend.command().adapter_token is None
     assert backend.command().adapter == SQL
     backend = Scheduled(admin_api_key=KEY)
-    await backend.post("/v1/load_lora_adapter", {**LOAD, "api_token": "hf_mine"}, headers=ADMIN)
+    shown = {**ADMIN, "X-Adapter-Token": "hf_header"}
+    await backend.post("/v1/load_lora_adapter", LOAD, headers=shown)
+    assert backend.command().adapter_token == "hf_header"
+    backend = Scheduled(admin_api_key=KEY)
+    await backend.post("/v1/load_lora_adapter", {**LOAD, "api_token": "hf_mine"}, headers=shown)
     assert backend.command().adapter_token == "hf_mine"
     assert backend.command().adapter == AdapterKey("hub", "org/sql", scope=scope_of("hf_mine"))
 

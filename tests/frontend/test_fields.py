@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from frontend.adapters import AdapterNames
+from frontend.authorization import Authorization
 from frontend.calls import Call, ChoicesShape, Part
 from frontend.exchange import HttpReply
 from frontend.lorax import Lorax, Parameters, Request
@@ -30,7 +31,13 @@ from pipeline.messages import (
 from tests.frontend.fakes import BASE, json_of, streamed
 
 NAMES = AdapterNames(base_model=BASE, default_source="hub", sources=("hub", "s3"), roots=())
-OPENAI = OpenAI(base_model=BASE, adapters=NAMES, max_stop_sequences=4, max_choices=8)
+OPENAI = OpenAI(
+    base_model=BASE,
+    adapters=NAMES,
+    max_stop_sequences=4,
+    max_choices=8,
+    allow_chat_template=True,
+)
 LORAX = Lorax(
     base_model=BASE,
     adapters=NAMES,
@@ -60,6 +67,7 @@ def ignored(why: str, example: Any) -> Field:
 
 
 MERGE = {"ids": ["org/a", "org/b"], "weights": [1, 1]}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
 ONE_ANSWER = "is for models that think first, which none of ours does"
 
 BOTH = {
@@ -86,6 +94,14 @@ BOTH = {
     "stop_token_ids": honoured("vLLM's: each ends it as EOS does", [5]),
     "adapter_source": honoured("LoRAX's", "s3", model="bucket/a"),
     "merged_adapters": honoured("LoRAX's", MERGE),
+    "response_format": honoured("by a grammar", {"type": "json_object"}),
+    "structured_outputs": honoured("vLLM's", {"regex": "a+"}),
+    "guided_json": honoured("vLLM's older name", {"type": "object"}),
+    "guided_regex": honoured("vLLM's older name", "a+"),
+    "guided_choice": honoured("vLLM's older name", ["a", "b"]),
+    "guided_grammar": honoured("vLLM's older name", 'start: "a"'),
+    "guided_whitespace_pattern": refused("the grammar decides where white space is", "a"),
+    "guided_decoding_backend": ignored("there is one", "xgrammar"),
     "api_token": honoured("LoRAX's: shown to the adapter's source", "t", model="o/a"),
     "user": ignored("names an end user, for abuse reports", "me"),
     "metadata": ignored("labels of a stored reply; nothing is stored", {"a": "b"}),
@@ -99,14 +115,20 @@ CHAT = BOTH | {
     "messages": honoured("through the chat template", [{"role": "user", "content": "Ho"}]),
     "max_tokens": honoured("the old name of max_completion_tokens", 5),
     "max_completion_tokens": honoured("the length", 5),
+    "chat_template": honoured("vLLM's, where the operator allows it", "{{ messages }}"),
+    "chat_template_kwargs": honoured("vLLM's: variables of the template", {"thinking": True}),
+    "documents": honoured("vLLM's: for templates that know them", [{"title": "T", "text": "x"}]),
+    "add_generation_prompt": honoured("vLLM's", False),
+    "continue_final_message": honoured("vLLM's: the last message goes on", True),
+    "add_special_tokens": honoured("vLLM's: besides those of the template", True),
     "logprobs": honoured("of the content's tokens", True),
     "top_logprobs": honoured("up to 20", 2, logprobs=True),
-    "tools": refused("not there yet", [{"type": "function", "function": {"name": "f"}}]),
-    "tool_choice": refused("not there yet", "required"),
-    "parallel_tool_calls": ignored("there are no tools to call", True),
+    "tools": honoured("shown to the model, whose calls are read", TOOLS),
+    "tool_choice": honoured("required and a named one by a grammar", "required", tools=TOOLS),
+    "parallel_tool_calls": honoured("false: one call at most", False, tools=TOOLS),
+    "tool_prompt": honoured("LoRAX's: how templates without tools say them", "T", tools=TOOLS),
     "functions": refused("the old name of tools, which OpenAI has given up", [{"name": "f"}]),
     "function_call": refused("the old name of tool_choice", {"name": "f"}),
-    "response_format": refused("not there yet", {"type": "json_object"}),
     "modalities": refused("text is all that there is", ["audio"]),
     "audio": refused("text is all that there is", {"voice": "x"}),
     "reasoning_effort": refused(ONE_ANSWER, "low"),
@@ -150,8 +172,8 @@ LORAX_PARAMETERS = {
     "apply_chat_template": honoured("the inputs are one message of a user", True),
     "seed": honoured("the same again", 5),
     "watermark": honoured("Kirchenbauer's, found with the key of the settings", True),
-    "response_format": refused("not there yet", {"type": "json_object", "schema": {}}),
-    "grammar": refused("TGI's response_format; not there yet", {"type": "regex", "value": "a"}),
+    "response_format": honoured("LoRAX's, OpenAI's and TGI's", {"type": "json_object"}),
+    "grammar": honoured("TGI's response_format", {"type": "regex", "value": "a"}),
 }
 
 
@@ -159,7 +181,7 @@ class Route(NamedTuple):
     """parameters  whether the fields are those of `parameters` in the body"""
 
     request: type[msgspec.Struct]
-    understand: Callable[[bytes, str | None], Call | HttpReply]
+    understand: Callable[[bytes, Authorization | None], Call | HttpReply]
     least: dict[str, Any]
     fields: dict[str, Field]
     parameters: bool = False

@@ -190,8 +190,10 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         ({"return_k_alternatives": 0}, "`return_k_alternatives` must be strictly positive"),
         ({"return_k_alternatives": 21}, "`return_k_alternatives` must be <= 20. Given: 21"),
         ({"top_n_tokens": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "`grammar` is not supported"),
-        ({"response_format": {"type": "json_object"}}, "`response_format` is not supported"),
+        (
+            {"response_format": {"type": "regex"}},
+            "`response_format` of type `regex` needs a `value`",
+        ),
         (
             {"adapter_id": "a\nb"},
             "`adapter_id` must be printable and have at most 512 characters",

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend.adapters import AdapterNames, Wanted, scope_of
+from frontend.authorization import Authorization
 from frontend.lorax import Lorax
 from frontend.merges import MergedAdapters, merged
 from frontend.openai import OpenAI
@@ -134,7 +135,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("changes", "field", "sentence"), WRONG)
-def test_what_cannot_be_merged_is_a_422_of_lorax_and_a_400_of_openai(
+def test_what_cannot_be_merged_is_a_422_in_both_shapes(
     changes: dict[str, Any], field: str, sentence: str
 ) -> None:
     values = {"ids": ["a/a", "b/b"], **changes}
@@ -142,9 +143,11 @@ def test_what_cannot_be_merged_is_a_422_of_lorax_and_a_400_of_openai(
     assert refusal.status == 422
     assert sentence in json_of(refusal)["error"]
     refusal = refusal_of(OPENAI.chat(chat(merged_adapters=values), None))
-    assert refusal.status == 400
-    assert sentence in json_of(refusal)["error"]["message"]
-    assert field in json_of(refusal)["error"]["param"]
+    assert refusal.status == 422
+    error = json_of(refusal)["error"]
+    assert error["type"] == "invalid_request_error"
+    assert sentence in error["message"]
+    assert field in error["param"]
 
 
 @given(st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -182,7 +185,7 @@ def test_an_adapter_beside_a_merge_is_refused() -> None:
 
 def test_both_families_of_routes_ask_for_the_same_adapter() -> None:
     values = {"ids": ["a/a", "b/b"], "weights": [0.5, 0.5]}
-    bearer = f"Bearer {TOKEN}"
+    bearer = Authorization(adapter_token=TOKEN)
     by_lorax = call_of(LORAX.generate(lorax(merged_adapters=values), bearer)).prompt
     by_openai = call_of(OPENAI.chat(chat(merged_adapters=values), bearer)).prompt
     assert by_lorax.adapter == by_openai.adapter == key_of(weights=[0.5, 0.5])

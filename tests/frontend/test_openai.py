@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from frontend.adapters import AdapterNames
+from frontend.authorization import Authorization
 from frontend.openai import DEFAULT_COMPLETION_TOKENS, OpenAI
 from pipeline.messages import AdapterKey, Logprobs, Prompt, Sampling
 from tests.frontend.fakes import BASE, call_of, json_of, make_adapter, refusal_of
@@ -135,7 +136,7 @@ def test_a_field_is_honoured(changes: dict[str, Any], attribute: str, expected: 
 
 
 def test_the_bearer_token_is_shown_to_the_adapters_source() -> None:
-    prompt = call_of(ROUTES.chat(chat(model="org/x"), "Bearer hf_t")).prompt
+    prompt = call_of(ROUTES.chat(chat(model="org/x"), Authorization(adapter_token="hf_t"))).prompt
     assert prompt.adapter_token == "hf_t"
 
 
@@ -172,12 +173,11 @@ def test_what_asks_for_nothing_changes_nothing(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("functions", [{"name": "f"}]),
         ("function_call", "auto!"),
-        ("response_format", {"type": "json_object"}),
+        ("guided_whitespace_pattern", " "),
         ("modalities", ["audio"]),
         ("audio", {"voice": "x"}),
         ("reasoning_effort", "low"),
@@ -252,7 +252,18 @@ def test_a_value_that_cannot_be_is_refused_by_name(field: str, value: Any) -> No
         ("Hi", "messages"),
         ([{"content": "Hi"}], "messages[0].role"),
         ([{"role": "king", "content": "Hi"}], "messages[0].role"),
-        ([{"role": "tool", "content": "Hi", "tool_call_id": "1"}], "messages[0].role"),
+        ([{"role": "tool", "content": "Hi"}], "messages[0].tool_call_id"),
+        ([{"role": "tool", "tool_call_id": "1"}], "messages[0].content"),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": "Hi",
+                    "tool_calls": [{"id": "1", "function": {"name": "f"}}],
+                }
+            ],
+            "messages[0].tool_calls",
+        ),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
@@ -261,7 +272,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(field: str, value: Any) -> No
             "messages[1].content",
         ),
         ([{"role": "user", "content": "a", "colour": "red"}], "messages[0].colour"),
-        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls"),
+        ([{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0].id"),
     ],
 )
 def test_messages_that_cannot_be_are_refused_with_their_place(

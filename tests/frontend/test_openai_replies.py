@@ -118,7 +118,7 @@ def test_a_piece_without_text_is_no_chunk() -> None:
     ("kind", "status", "error_type", "code"),
     [
         (FailureKind.VALIDATION, 400, "invalid_request_error", None),
-        (FailureKind.TEMPLATE, 400, "invalid_request_error", "template_error"),
+        (FailureKind.TEMPLATE, 422, "invalid_request_error", "template_error"),
         (FailureKind.ADAPTER_NOT_FOUND, 404, "invalid_request_error", "model_not_found"),
         (FailureKind.ADAPTER_FORBIDDEN, 403, "permission_error", "model_forbidden"),
         (FailureKind.ADAPTER_INVALID, 422, "invalid_request_error", "model_invalid"),

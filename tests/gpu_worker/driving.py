@@ -99,6 +99,7 @@ class Driver:
         cached_blocks: Sequence[int] = (),
         logprobs: Logprobs | None = None,
         end_token_ids: tuple[int, ...] = (),
+        grammar_id: int = 0,
     ) -> Row:
         """A sequence takes a row in the next step."""
         new = NewRow(
@@ -111,6 +112,7 @@ class Driver:
             sampling=sampling,
             logprobs=logprobs,
             end_token_ids=end_token_ids,
+            grammar_id=grammar_id,
         )
         self._new.append(new)
         self.rows[row] = Row(new, list(tokens), list(cached_blocks))

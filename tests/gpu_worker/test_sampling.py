@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from gpu_worker.biases import StepBiases
-from gpu_worker.sampling import NOT_FINITE, penalise, sample
-from pipeline.messages import Sampling
+from gpu_worker.sampling import penalise, sample
+from pipeline.messages import NOT_FINITE, Sampling
 from tests.gpu_worker.sampling_params import sampled_rows
 
 GREEDY = Sampling(temperature=0.0)

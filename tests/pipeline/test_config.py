@@ -118,6 +118,8 @@ def other_value(name: str) -> Any:
         "attention": "sdpa",
         "lora_kernels": "reference",
         "log_level": "debug",
+        "log_format": "json",
+        "tool_format": "llama",
         "adapter_root": ("a", "/b c"),
         "kv_block_tokens": 32,
         "gpu_memory_fraction": 0.5,
@@ -197,3 +199,16 @@ def test_the_sources_that_are_on_are_those_that_have_what_they_need() -> None:
     assert load_settings(flags, {}).adapter_sources() == ("local", "hub", "s3", "pbase", "http")
     assert "pbase" not in load_settings({"pbase_gateway": "g"}, {}).adapter_sources()
     assert "source s3 is off" in sentence({"default_adapter_source": "s3"}, {})
+
+
+@pytest.mark.parametrize("key", ["", "a b", "a,b", "é", "a\n"])
+def test_an_api_key_must_fit_a_header_and_a_list(key: str) -> None:
+    with pytest.raises(ConfigError, match="api_key: "):
+        load_settings({"api_key": ["good", key]}, {"LORADEX_CONFIG": os.devnull})
+
+
+def test_several_api_keys_are_handed_on_and_shown_to_nobody() -> None:
+    settings = load_settings({}, {"LORADEX_API_KEY": "one,two", "LORADEX_CONFIG": os.devnull})
+    assert settings.api_key == ("one", "two")
+    assert to_environment(settings)["LORADEX_API_KEY"] == "one,two"
+    assert "one" not in repr(settings)

@@ -1,8 +1,10 @@
 """Logs are lines of key=value on stderr."""
 
+import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 PRELUDE = """
 import logging
@@ -58,3 +60,44 @@ def test_an_exception_follows_its_line() -> None:
     )
     assert "level=error process=a event=broken\nTraceback" in lines
     assert lines.endswith("ZeroDivisionError: division by zero\n")
+
+
+def objects(code: str) -> list[Any]:
+    return [json.loads(line) for line in logged(code).splitlines()]
+
+
+def test_a_line_of_json_has_the_fields_with_their_types() -> None:
+    code = r"""
+set_up_logs('scheduler', 'info', 'json')
+log.info('event=x blocks=%d seconds=%.1f name=%a kind=%s', 7, 0.5, 'it\'s "7" é\n', 'a-b')
+"""
+    (line,) = objects(code)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line == {
+        "level": "info",
+        "process": "scheduler",
+        "event": "x",
+        "blocks": 7,
+        "seconds": 0.5,
+        "name": 'it\'s "7" é\n',
+        "kind": "a-b",
+    }
+
+
+def test_what_is_no_field_is_the_message_and_an_exception_is_on_its_line() -> None:
+    code = r"""
+set_up_logs('a', 'info', 'json')
+logging.getLogger('library').warning("slow: it's %s", 'late')
+log.warning('event=refused reason=Expected `int`, got `str`')
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception('event=broken adapter=%a', '007')
+"""
+    library, refused, broken = objects(code)
+    assert library["message"] == "slow: it's late"
+    assert "event" not in library
+    assert (refused["event"], refused["reason"]) == ("refused", "Expected")
+    assert refused["message"] == "`int`, got `str`"
+    assert broken["adapter"] == "007"
+    assert broken["exception"].endswith("ZeroDivisionError: division by zero")

@@ -368,6 +368,19 @@ def test_small_adapters_do_not_take_the_room_that_a_large_one_waits_for() -> Non
     assert loads(world).count(key("small")) == 1
 
 
+def test_a_small_adapter_gets_room_behind_large_ones_that_have_none() -> None:
+    world = World(pool_bytes=2 * HALF)
+    world.submit(adapter="a", max_tokens=30)
+    world.stage(nbytes=HALF)
+    for adapter in ("large", "as large"):
+        world.submit(adapter=adapter)
+        world.stage(nbytes=2 * HALF)
+    small = world.submit(adapter="small")
+    world.stage(nbytes=HALF)
+    world.run()
+    assert next(iter(world.finished)) == small
+
+
 def test_room_is_found_when_the_one_it_was_kept_for_is_cancelled() -> None:
     world = World(slots=1, rows=1)
     make_resident(world, "a")

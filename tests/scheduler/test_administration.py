@@ -3,12 +3,17 @@
 import pytest
 
 from pipeline.messages import (
+    MERGED,
+    AdapterKey,
     AdminVerb,
     AliasesTaken,
     Failure,
     FailureKind,
     FinishReason,
     LoadAdapter,
+    Merge,
+    MergePart,
+    MergeStrategy,
     Tier,
 )
 from tests.scheduler.fake_loader import NOT_FOUND
@@ -101,7 +106,7 @@ def test_a_name_is_given_once_unless_in_place() -> None:
     loaded(world)
     command = world.command(LOAD, name="sql", adapter="b")
     assert failed(world, command).status == 400
-    assert "already been loaded" in failed(world, command).message
+    assert failed(world, command).kind == FailureKind.NAME_TAKEN
     assert world.names[0].names == {"sql": key("a")}
 
 
@@ -288,8 +293,7 @@ def test_a_load_that_comes_during_the_unload_follows_it() -> None:
 def test_an_unknown_name_cannot_be_unloaded() -> None:
     world = World()
     failure = failed(world, world.command(UNLOAD, name="sql"))
-    assert (failure.status, failure.kind) == (404, FailureKind.ADAPTER_NOT_FOUND)
-    assert failure.message == "The lora adapter 'sql' cannot be found."
+    assert (failure.status, failure.kind) == (404, FailureKind.NAME_UNKNOWN)
 
 
 def test_what_the_arena_alone_holds_is_forgotten_too() -> None:
@@ -449,3 +453,16 @@ def test_resident_adapters_are_told_by_their_names_or_ids() -> None:
     resident, waiting = world.core.adapter_names()
     assert sorted(resident) == ["b", "sql"]
     assert waiting == ["c"]
+
+
+def test_what_no_request_can_name_is_not_told_and_a_revision_is() -> None:
+    world = World()
+    part = AdapterKey("hub", "x")
+    merge = Merge(parts=(MergePart(part, 0.5),), strategy=MergeStrategy.LINEAR)
+    for adapter in (
+        AdapterKey(MERGED, "linear(x*0.5)", merge=merge),
+        AdapterKey("hub", "org/x", "v1"),
+    ):
+        world.submit(adapter=adapter)
+        world.run()
+    assert world.core.adapter_names() == (["org/x@v1"], [])

@@ -1,18 +1,22 @@
 """Fair shares: of tenants, of the adapters of a tenant, and what each may have at most."""
 
+from array import array
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.messages import FailureKind, FinishReason
-from scheduler.fair_share import AFFINITY_TOKENS, FEW_COUNTERS, INPUT_COST, OUTPUT_COST
-from tests.scheduler.world import World
+from pipeline.messages import FailureKind, FinishReason, Submit
+from scheduler.fair_share import FEW_COUNTERS, INPUT_COST, OUTPUT_COST, ROW_TOKENS, FairShare
+from scheduler.sequence import Sequence as Request
+from tests.scheduler.world import World, key
 
 STEP_TOKENS = 16
+ROWS = 16  # of policies that are driven by hand
+TURN = ROW_TOKENS * ROWS
 
 
 def fair_world(*, kv_blocks: int = 256, slots: int = 64, **settings: Any) -> World:
@@ -49,17 +53,19 @@ def test_the_adapters_of_a_tenant_share_what_it_gets() -> None:
     world = fair_world(rows=1)
     adapter_of = {}
     for adapter in ("a",) * 6 + ("b",) * 2 + (None,) * 2:
-        adapter_of[world.submit(adapter=adapter)] = adapter or "base"
+        # each takes more than a turn
+        submitted = world.submit(max_tokens=int(ROW_TOKENS / OUTPUT_COST), adapter=adapter)
+        adapter_of[submitted] = adapter or "base"
     for _ in range(2):
         world.stage()
     order = start_order(world, lambda request_id: adapter_of[request_id])
     assert Counter(order[:6]) == {"a": 2, "b": 2, "base": 2}
 
 
-def test_a_queue_whose_adapter_runs_goes_first_but_only_so_far_ahead() -> None:
+def test_a_queue_whose_adapter_runs_goes_first_until_its_turn_is_used_up() -> None:
     world = fair_world(rows=2, kv_blocks=4096)
     name_of = {}
-    reply = int(AFFINITY_TOKENS / OUTPUT_COST / 4)
+    reply = int(world.fair_share.turn_tokens / OUTPUT_COST / 4)
     for number, adapter in enumerate(("a",) * 12 + ("b",)):
         max_tokens = reply if number else reply // 2  # so that the two rows do not end together
         name_of[world.submit([1], max_tokens=max_tokens, adapter=adapter)] = adapter
@@ -225,3 +231,128 @@ def test_nobody_is_passed_for_longer_than_the_bound(
         world.wait(data.draw(st.sampled_from((0.0, 0.1, 0.3))))
     world.run()
     assert world.watched.longest <= 0.5
+
+
+class Tenant:
+    """One tenant's requests, told to a policy by hand. All of a request is charged as it starts."""
+
+    def __init__(self, rows: int = 1) -> None:
+        self.policy = FairShare(max_overtaking_seconds=1.0, max_tenant_running=0, rows=ROWS)
+        self.served = Counter[str]()
+        self.now = 0.0
+        self._rows = rows
+        self._running: list[Request] = []
+        self._asked = 0
+
+    def ask(self, adapter: str) -> Request:
+        self._asked += 1
+        submit = Submit(self._asked, 0, 0.0, array("i", [1]).tobytes(), 1, adapter=key(adapter))
+        request = Request(submit, order=self._asked, eos=frozenset())
+        self.policy.join(request)
+        return request
+
+    def start(self, tokens: Mapping[str, int]) -> str:
+        """The next of those that wait takes the row of the oldest; returns its adapter."""
+        if len(self._running) == self._rows:
+            self.policy.end(self._running.pop(0))
+        request = self.policy.first(self.now)
+        assert request is not None
+        assert request.adapter is not None
+        adapter = request.adapter.id
+        self.policy.start(request, tokens[adapter], self.now)
+        request.started = self.now
+        self._running.append(request)
+        self.served[adapter] += tokens[adapter]
+        return adapter
+
+
+tokens_of_a_request = st.integers(int(TURN / 20), int(3 * TURN))
+
+
+@settings(deadline=None)
+@given(one=tokens_of_a_request, another=tokens_of_a_request, rows=st.integers(1, 4))
+def test_what_two_adapters_of_a_tenant_were_served_differs_by_a_bound(
+    one: int, another: int, rows: int
+) -> None:
+    tenant = Tenant(rows)
+    tokens = {"one": one, "another": another}
+    for adapter in tokens:
+        tenant.policy.admit(key(adapter))
+        tenant.ask(adapter)
+        tenant.ask(adapter)
+    for _ in range(150):
+        tenant.ask(tenant.start(tokens))  # so that both wait all the time
+        difference = tenant.served["one"] - tenant.served["another"]
+        assert abs(difference) <= 2 * (TURN + max(one, another))
+
+
+@settings(deadline=None)
+@given(
+    tokens=st.dictionaries(st.sampled_from("abcdef"), tokens_of_a_request, min_size=1),
+    before=st.integers(0, 30),
+    rows=st.integers(1, 4),
+)
+def test_an_adapter_waits_for_no_more_than_two_turns_of_each_other_of_its_tenant(
+    tokens: dict[str, int], before: int, rows: int
+) -> None:
+    tenant = Tenant(rows)
+    tokens = {**tokens, "late": 1}
+    for adapter in tokens:
+        tenant.policy.admit(key(adapter))
+        if adapter != "late":
+            tenant.ask(adapter)
+            tenant.ask(adapter)
+    for _ in range(before):
+        tenant.ask(tenant.start(tokens))
+    tenant.ask("late")
+    tenant.served.clear()
+    while (adapter := tenant.start(tokens)) != "late":
+        tenant.ask(adapter)
+        assert tenant.served[adapter] <= 2 * (TURN + tokens[adapter])
+
+
+@settings(deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from(("one", "two", "three")), st.sampled_from("abcdefgh")),
+        max_size=30,
+    ),
+    blocked=st.sets(st.sampled_from("abcdefgh")),
+    served=st.integers(0, 10),
+    most=st.integers(1, 8),
+)
+def test_those_without_room_are_given_by_their_turns(
+    asked: list[tuple[str, str]], blocked: set[str], served: int, most: int
+) -> None:
+    policy = FairShare(max_overtaking_seconds=1.0, max_tenant_running=0, rows=ROWS)
+    for order, (tenant, adapter) in enumerate(asked):
+        submit = Submit(
+            order, 0, 0.0, array("i", [1]).tobytes(), 1, adapter=key(adapter), tenant=tenant
+        )
+        policy.join(Request(submit, order=order, eos=frozenset()))
+    for adapter in "abcdefgh":
+        if adapter in blocked:
+            policy.block(key(adapter))
+        else:
+            policy.admit(key(adapter))
+    for number in range(served):
+        request = policy.first(0.0)
+        if request is not None:
+            policy.start(request, 10 * number, 0.0)
+            request.started = 0.0
+    waited_for = {key(adapter) for _, adapter in asked if adapter in blocked}
+    assert policy.blocked_in_turn(most) == sorted(waited_for, key=policy.turn)[:most]
+
+
+def test_a_turn_rests_while_one_of_its_tenant_is_overdue() -> None:
+    tenant = Tenant(rows=9)
+    for adapter in ("turn", "turn", "turn", "before", "overdue"):
+        tenant.ask(adapter)
+    tenant.policy.block(key("overdue"))
+    for adapter in ("turn", "before"):
+        tenant.policy.admit(key(adapter))
+    tokens = {"turn": 1, "before": 1}
+    assert [tenant.start(tokens) for _ in range(2)] == ["turn", "turn"]
+    tenant.now = 2.0
+    assert tenant.start(tokens) == "before"
+    assert tenant.policy.first(tenant.now) is None

@@ -21,9 +21,11 @@ from pipeline.messages import (
     ArenaReady,
     AttachArena,
     Cancel,
+    CompileGrammar,
     Failure,
     Finished,
     ForgetAdapter,
+    GrammarCompiled,
     ListAdapters,
     LoadAdapter,
     Logprobs,
@@ -31,6 +33,8 @@ from pipeline.messages import (
     PromptLogprobs,
     ReleaseAdapter,
     Sampling,
+    Span,
+    Spans,
     Step,
     Submit,
     Tokens,
@@ -74,8 +78,10 @@ class World:
         self.fair_share = FairShare(
             max_overtaking_seconds=self.settings.max_overtaking_seconds,
             max_tenant_running=self.settings.max_tenant_running,
+            rows=self.settings.rows,
         )
         self.watched = Watched(self.fair_share)
+        self.spans: list[Span] = []
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
@@ -102,6 +108,7 @@ class World:
         self.names = [Aliases(0, {})] * self.settings.frontends  # as each was told them
         self.listed: dict[str, AdapterDescription] = {}
         self.arena_attached = False
+        self.compiling: list[CompileGrammar] = []  # by the worker
         if started:
             self.worker_ready()
             self.arena_ready()
@@ -129,6 +136,8 @@ class World:
         tenant: str = "",
         choices: int = 1,
         seed: int = 0,
+        trace: str = "",
+        grammar: str = "",
     ) -> int:
         """Returns the request's number; that of its first choice."""
         request = Submit(
@@ -144,6 +153,8 @@ class World:
             logprobs=logprobs,
             tenant=tenant,
             choices=choices,
+            trace=trace,
+            grammar=grammar,
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request
@@ -208,6 +219,12 @@ class World:
         self.settle()
         return self.listed
 
+    def compile(self, error: str = "") -> None:
+        """The worker has compiled the oldest grammar that it was asked for, or could not."""
+        asked = self.compiling.pop(0)
+        self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
+        self.settle()
+
     def arrive(self) -> None:
         """The oldest copy has arrived in the pool."""
         self.core.adapter_placed(self.worker.placed())
@@ -234,6 +251,8 @@ class World:
                 self.stage()
             elif self.loader.forgets:
                 self.forget()
+            elif self.compiling:
+                self.compile()
             elif self.worker.steps:
                 self.step()
             elif self.worker.placing:
@@ -264,12 +283,18 @@ class World:
                 case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
+                case CompileGrammar():
+                    assert process == "gpu_worker"
+                    self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
                     self._tell_frontend(message, index)
                 case AttachArena():
                     assert process == "gpu_worker"
                     self.arena_attached = True
+                case Spans():
+                    assert (process, index) == ("frontend", 0)
+                    self.spans += message.spans
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)

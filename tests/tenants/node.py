@@ -9,12 +9,13 @@ import msgspec
 
 from adapter_loader.core import Core, Discard, StartFetch, StartPack
 from frontend.adapters import AdapterNames, UsedAdapters
+from frontend.authorization import ServerKeys
 from frontend.calls import Call
 from frontend.exchange import HttpReply
 from frontend.lorax import Lorax
 from pipeline.adapter_layout import pack_ranks
 from pipeline.arena import ALIGNMENT
-from pipeline.config import SOURCES
+from pipeline.config import SOURCES, Settings
 from pipeline.errors import RequestError
 from pipeline.messages import (
     AdapterDropped,
@@ -30,6 +31,7 @@ from pipeline.messages import (
 from tests.scheduler.world import World
 from tests.tenants.sources import Sources
 
+KEYS = ServerKeys(Settings())  # none: a bearer token is for the adapter's source
 BASE = "the/base"
 LOAD_SECONDS = 50.0
 ARENA_PAGES = 6
@@ -153,7 +155,9 @@ class Node:
     ) -> int | None:
         """POST /generate. The request's id, or None when it is refused at once."""
         body = {"inputs": "text", "parameters": {"max_new_tokens": max_tokens, **parameters}}
-        call = self._lorax.generate(json.dumps(body).encode(), authorization)
+        headers = [(b"authorization", authorization.encode())] if authorization else []
+        shown = KEYS.read({"headers": headers})
+        call = self._lorax.generate(json.dumps(body).encode(), shown)
         if isinstance(call, HttpReply):
             self.refused.append((dict(parameters), call))
             return None

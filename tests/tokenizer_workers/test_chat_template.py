@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pipeline.errors import ConfigError, RequestError
-from pipeline.messages import FailureKind
+from pipeline.messages import ChatOptions, FailureKind
 from tokenizer_workers.chat_template import ChatTemplate, find_source, special_tokens
 
 LLAMA_3 = """\
@@ -149,7 +149,7 @@ def test_a_chat_without_messages_is_refused() -> None:
 def test_the_templates_own_refusal_reaches_the_client() -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(MISTRAL, TOKENS).render([user("Hi"), user("Hi again")])
-    assert (caught.value.status, caught.value.kind) == (400, FailureKind.TEMPLATE)
+    assert (caught.value.status, caught.value.kind) == (422, FailureKind.TEMPLATE)
     assert caught.value.message.startswith("Conversation roles must alternate")
 
 
@@ -198,3 +198,61 @@ def test_special_tokens_are_found_in_both_spellings() -> None:
         "model_max_length": 7,
     }
     assert special_tokens(config) == TOKENS
+
+
+@given(messages=chats)
+@pytest.mark.parametrize("template", [LLAMA_3, MISTRAL])
+def test_a_last_message_goes_on_as_with_transformers(
+    template: str, messages: list[dict[str, Any]]
+) -> None:
+    fast: Any = PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    tokenizer = fast(tokenizer_object=words, chat_template=template, **TOKENS)
+    going_on = ChatOptions(continue_final_message=True, add_generation_prompt=False)
+    ours = ChatTemplate(template, TOKENS).render(messages, options=going_on)
+    theirs = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=False, continue_final_message=True
+    )
+    assert ours == theirs
+
+
+def test_parts_go_on_too() -> None:
+    going_on = ChatOptions(continue_final_message=True, add_generation_prompt=False)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}]
+    messages = [user("Hi"), {"role": "assistant", "content": parts}]
+    assert ChatTemplate(PARTS + "<end>", {}).render(messages, options=going_on) == (
+        "<user>Hi<assistant>ab "
+    )
+
+
+@pytest.mark.parametrize("last", [{"role": "assistant"}, {"role": "assistant", "content": []}])
+def test_a_message_without_a_text_cannot_go_on(last: dict[str, Any]) -> None:
+    going_on = ChatOptions(continue_final_message=True, add_generation_prompt=False)
+    with pytest.raises(RequestError, match="no content that could be continued"):
+        ChatTemplate(PARTS, {}).render([last], options=going_on)
+    with pytest.raises(RequestError, match="does not show the last message"):
+        ChatTemplate("{{ messages[0].role }}", {}).render([user("Hi")], options=going_on)
+
+
+def test_variables_documents_and_tools_reach_the_template() -> None:
+    template = ChatTemplate(
+        "{{ mode }}{{ documents[0].title }}{{ tools[0].name }}{{ add_generation_prompt }}"
+        "{{ bos_token }}",
+        TOKENS,
+    )
+    options = ChatOptions(
+        variables={"mode": "fast ", "bos_token": "<other>"},
+        documents=[{"title": "A "}],
+        add_generation_prompt=False,
+    )
+    assert template.render([user("Hi")], [{"name": "f "}], options) == "fast A f False<other>"
+
+
+def test_an_error_of_a_template_says_its_line() -> None:
+    template = "{% for m in messages %}\n\n{{ m.nothing.at_all }}{% endfor %}"
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate(template, {}).render([user("Hi")])
+    assert caught.value.status == 422
+    assert caught.value.message.endswith("(line 3)")
+    with pytest.raises(RequestError, match=r"must alternate.* \(line 3\)"):
+        ChatTemplate(MISTRAL, TOKENS).render([user("Hi"), user("Hi again")])

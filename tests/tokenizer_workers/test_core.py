@@ -3,6 +3,7 @@
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,30 +15,40 @@ from pipeline.messages import (
     AdapterKey,
     Alternative,
     Cancel,
+    ChatOptions,
     End,
     Failure,
     FailureKind,
     Finished,
     FinishReason,
+    Grammar,
+    GrammarChecked,
+    GrammarKind,
     Logprobs,
     Piece,
     Pieces,
     Prompt,
     PromptDetails,
     PromptLogprobs,
+    Rendered,
     Sampling,
     Shutdown,
     Submit,
     TokenDetail,
     Tokens,
+    ToolCallPart,
+    Tools,
     Usage,
 )
 from tokenizer_workers.core import Core
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoded
+from tokenizer_workers.tool_calls import ToolCallParser
+from tokenizer_workers.tool_formats import FORMATS
 
 SPECIAL = 0
 SECOND_FRONTEND = 1 << REQUEST_BITS
+VOCABULARY = Vocabulary(lambda token_id: chr(token_id).encode(), frozenset({SPECIAL}))
 USAGE = Usage(prompt_tokens=3, completion_tokens=2, cached_tokens=1, total_seconds=9.0)
 
 
@@ -73,7 +84,8 @@ def core(worker: int = 0, frontends: int = 1) -> Core:
         encode=encode,
         new_decoder=Letters,
         new_token_decoder=Letters,
-        vocabulary=Vocabulary(lambda token_id: chr(token_id).encode(), frozenset({SPECIAL})),
+        vocabulary=VOCABULARY,
+        new_tool_decoder=Letters,
     )
 
 
@@ -408,3 +420,185 @@ def test_the_details_of_a_cancelled_prompt_are_not_told() -> None:
     assert [process for process, _, _ in sent(worker)] == ["scheduler", "scheduler"]
     worker.prompt_logprobs(PromptLogprobs(1, [pack(-1.0, [])]))
     assert sent(worker) == []
+
+
+def own_chat(request_id: int = 1, **given: Any) -> Prompt:
+    """A chat that brings its template."""
+    return msgspec.structs.replace(
+        prompt(request_id, **given),
+        text=None,
+        chat=[{"role": "user", "content": "Hi"}],
+        chat_options=ChatOptions(template="{{ 1 }}", add_special_tokens=True),
+    )
+
+
+def test_a_chat_with_a_template_of_its_own_waits_and_the_others_pass() -> None:
+    worker = core()
+    worker.prompt(own_chat(1), now=10.5)
+    worker.prompt(prompt(2), now=10.5)
+    assert [one.request_id for one in worker.take_renderings()] == [1]
+    assert worker.take_renderings() == []
+    assert worker.renders(1)
+    assert worker.requests == 2
+    assert [submit.request_id for submit in submits(worker)] == [2]
+
+    given = worker.rendered(Rendered(1, "abcd"), now=11.0)
+    assert given == own_chat(1)
+    (submit,) = submits(worker)
+    assert len(submit.token_ids) == 4 * 4
+    assert not worker.renders(1)
+
+
+def test_a_template_that_fails_ends_its_request() -> None:
+    worker = core()
+    worker.prompt(own_chat(1), now=10.5)
+    failed = Failure(422, FailureKind.TEMPLATE, "too slow (line 3)")
+    worker.rendered(Rendered(1, "", failed), now=12.0)
+    (to,) = worker.take_outbox()
+    assert isinstance(to.message, Pieces)
+    (ended,) = to.message.ends
+    assert ended.failure == failed
+    assert ended.usage.total_seconds == 2.0
+    assert worker.requests == 0
+
+
+def test_what_is_cancelled_while_its_template_runs_is_forgotten() -> None:
+    worker = core(frontends=2)
+    worker.prompt(own_chat(1), now=10.5)
+    worker.prompt(own_chat(SECOND_FRONTEND | 2), now=10.5)
+    worker.cancel(1)
+    worker.shutdown(1)
+    assert worker.take_renderings() == []
+    assert worker.rendered(Rendered(1, "abc"), now=11.0) is None
+    assert worker.rendered(Rendered(SECOND_FRONTEND | 2, "abc"), now=11.0) is None
+    assert worker.take_outbox() == []
+
+
+def submits(worker: Core) -> list[Submit]:
+    return [to.message for to in worker.take_outbox() if isinstance(to.message, Submit)]
+
+
+def grammatical(prompt: Prompt) -> Encoded:
+    """The grammar is the name of a tool that may be called, or what the prompt says."""
+    encoded = encode(prompt)
+    if prompt.tools is not None:
+        parallel = prompt.tools.parallel
+        return msgspec.structs.replace(
+            encoded,
+            new_parser=lambda: ToolCallParser(FORMATS["hermes"], names=["add"], parallel=parallel),
+        )
+    assert prompt.grammar is not None
+    return msgspec.structs.replace(encoded, grammar=prompt.grammar.text)
+
+
+def grammar_core(frontends: int = 1) -> Core:
+    return Core(
+        worker=0,
+        frontends=frontends,
+        encode=grammatical,
+        new_decoder=Letters,
+        new_token_decoder=Letters,
+        vocabulary=VOCABULARY,
+        new_tool_decoder=Letters,
+    )
+
+
+def constrained(request_id: int = 1, grammar: str = "g") -> Prompt:
+    return prompt(request_id, grammar=Grammar(GrammarKind.REGEX, grammar))
+
+
+def test_a_prompt_waits_until_its_grammar_is_known_to_be_good() -> None:
+    worker = grammar_core()
+    worker.prompt(constrained(1), now=1)
+    worker.prompt(constrained(2), now=1)
+    assert worker.take_checks() == ["g"]
+    assert submits(worker) == []
+    assert worker.requests == 2
+    worker.grammar_checked(GrammarChecked("g"), now=2)
+    assert [(one.request_id, one.grammar) for one in submits(worker)] == [(1, "g"), (2, "g")]
+    worker.prompt(constrained(3), now=3)
+    assert [one.request_id for one in submits(worker)] == [3]
+    assert worker.take_checks() == []
+
+
+def test_all_choices_of_a_prompt_wait_for_its_grammar_and_end_with_it() -> None:
+    worker = grammar_core()
+    worker.prompt(msgspec.structs.replace(constrained(1, "good"), choices=2), now=1)
+    worker.prompt(msgspec.structs.replace(constrained(5, "bad"), choices=2), now=1)
+    assert worker.take_outbox() == []
+    worker.grammar_checked(GrammarChecked("good"), now=2)
+    [submit] = submits(worker)
+    assert (submit.request_id, submit.choices, submit.grammar) == (1, 2, "good")
+    worker.grammar_checked(GrammarChecked("bad", "no such thing"), now=2)
+    assert [end.request_id for end in to_frontend(worker).ends] == [5, 6]
+    assert worker.requests == 2
+
+
+def test_a_grammar_that_cannot_be_had_ends_its_own_requests() -> None:
+    worker = grammar_core()
+    worker.prompt(constrained(1, "bad"), now=11)
+    worker.prompt(constrained(2, "good"), now=11)
+    assert worker.take_checks() == ["bad", "good"]
+    worker.grammar_checked(GrammarChecked("bad", "no such thing"), now=12)
+    worker.grammar_checked(GrammarChecked("good"), now=12)
+    worker.prompt(constrained(3, "bad"), now=13)
+    (to_scheduler, pieces) = worker.take_outbox()
+    assert isinstance(to_scheduler.message, Submit)
+    assert to_scheduler.message.request_id == 2
+    assert isinstance(pieces.message, Pieces)
+    assert [end.request_id for end in pieces.message.ends] == [1, 3]
+    assert {end.failure for end in pieces.message.ends} == {
+        Failure(422, FailureKind.GRAMMAR, "no such thing")
+    }
+
+
+def test_a_prompt_that_is_cancelled_while_it_waits_is_not_submitted() -> None:
+    worker = grammar_core(frontends=2)
+    worker.prompt(constrained(1), now=1)
+    worker.prompt(constrained(SECOND_FRONTEND + 2), now=1)
+    worker.cancel(1)
+    worker.shutdown(1)
+    worker.grammar_checked(GrammarChecked("g"), now=2)
+    assert worker.take_outbox() == []
+    assert worker.requests == 0
+
+
+def tool_reply(text: str, **given: Any) -> list[Pieces]:
+    """What a reply to a chat with tools becomes, a letter at a time."""
+    worker = grammar_core()
+    worker.prompt(prompt(tools=Tools([{"name": "add"}], **given)), now=1)
+    worker.take_outbox()
+    messages = []
+    for letter in text:
+        worker.tokens(Tokens([1], [ord(letter)], {}), now=2)
+        messages += [to.message for to in worker.take_outbox()]
+    if worker.requests:
+        end = Finished(1, FinishReason.EOS, USAGE)
+        worker.tokens(Tokens([], [], {}, (end,)), now=3)
+        messages += [to.message for to in worker.take_outbox()]
+    return [message for message in messages if isinstance(message, Pieces)]
+
+
+def test_a_call_comes_as_parts_and_text_as_text() -> None:
+    messages = tool_reply('so <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>')
+    pieces = [piece for message in messages for piece in message.pieces]
+    assert "".join(piece.text for piece in pieces) == "so "
+    parts = [part for piece in pieces for part in piece.tool_calls]
+    assert parts[0] == ToolCallPart(0, name="add")
+    assert "".join(part.arguments for part in parts) == '{"a": 1}'
+    assert messages[-1].ends == (End(1, FinishReason.EOS, USAGE),)
+
+
+def test_what_is_held_back_comes_with_the_end() -> None:
+    messages = tool_reply("a <tool_call> b <tool")
+    text = "".join(piece.text for message in messages for piece in message.pieces)
+    assert text == "a <tool_call> b <tool"
+    assert not any(piece.tool_calls for message in messages for piece in message.pieces)
+
+
+def test_the_one_call_that_is_allowed_ends_the_reply() -> None:
+    call = '<tool_call>{"name": "add", "arguments": {}}'
+    messages = tool_reply(call + "</tool_call> and more", parallel=False)
+    (end,) = messages[-1].ends
+    assert end.reason is FinishReason.STOP
+    assert end.usage.completion_tokens == len(call)

@@ -16,6 +16,7 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
 from pipeline.messages import (
     Cancel,
+    ChatOptions,
     End,
     Finished,
     FinishReason,
@@ -199,3 +200,41 @@ def test_a_setting_that_the_model_cannot_meet_is_one_sentence_and_exit_code_2(
     neighbours = start(max_total_tokens=10**9)
     assert neighbours.process.wait(WAIT_SECONDS) == 2
     assert "loradex: max_total_tokens: 1000000000 is more than" in neighbours.log()
+
+
+def test_a_template_that_does_not_end_holds_nobody_up(start: Callable[..., Neighbours]) -> None:
+    neighbours = start(template_seconds=0.5)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    own = "{{ messages[0].content }} {{ who }}"
+    neighbours.send(prompt(1, chat_options=ChatOptions(template=endless)))
+    neighbours.send(prompt(2, chat_options=ChatOptions(template=own, variables={"who": "me"})))
+    neighbours.send(prompt(3))
+    first = neighbours.next(neighbours.scheduler, Submit)
+    assert first.request_id == 3
+    second = neighbours.next(neighbours.scheduler, Submit)
+    assert second.request_id == 2
+    pieces = neighbours.next(neighbours.frontend, Pieces)
+    (end,) = pieces.ends
+    assert (end.request_id, end.failure.status) == (1, 422)
+    assert end.failure.message == "the chat template takes more than 0.5 seconds"
+
+
+def test_a_worker_that_shuts_down_leaves_no_process_of_templates(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start(template_seconds=100)
+    endless = "{{ 10 ** (10 ** 10) }}"
+    neighbours.send(prompt(1, chat_options=ChatOptions(template="{{ 1 }}")))
+    neighbours.next(neighbours.scheduler, Submit)
+    (child,) = children(neighbours.process.pid)
+    neighbours.send(prompt(2, chat_options=ChatOptions(template=endless)))
+    neighbours.send(prompt(3))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 3
+    neighbours.send(Shutdown("frontend", 0))
+    assert neighbours.process.wait(WAIT_SECONDS) == 0
+    assert not Path(f"/proc/{child}").exists()
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]

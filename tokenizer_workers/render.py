@@ -1,0 +1,115 @@
+"""`python -m tokenizer_workers.render FD`: renders chat templates that nobody vouches for.
+
+A process without secrets in its environment, with little memory and no right to write files, that
+the kernel ends when a prompt takes too much processor time, in whatever it is by then. Jobs and
+results are MessagePack behind their length, over the socket FD; it ends when that is closed.
+"""
+
+import functools
+import resource
+import signal
+import socket
+import struct
+import sys
+from typing import Any
+
+import msgspec
+
+from pipeline.errors import RequestError
+from pipeline.messages import ChatOptions, Failure, FailureKind
+from tokenizer_workers.chat_template import RENDER_ERRORS, ChatTemplate, NotATemplate
+
+LENGTH = struct.Struct("!I")
+MAX_COMPILED = 16  # templates that are kept for the next prompt
+READY = b""
+
+
+class TemplateLimits(msgspec.Struct, frozen=True):
+    """What a template is given of the model, and what it may write."""
+
+    special_tokens: dict[str, str]
+    max_characters: int
+
+
+class Job(msgspec.Struct, frozen=True, array_like=True):
+    """A chat to be rendered with the template of its options."""
+
+    messages: list[dict[str, Any]]
+    options: ChatOptions
+    tools: list[dict[str, Any]] | None = None
+
+
+class Result(msgspec.Struct, frozen=True, array_like=True):
+    """The prompt, or why there is none."""
+
+    text: str = ""
+    failure: Failure | None = None
+
+
+def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbytes: int) -> None:
+    """Serve until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the end of this process
+    decoder = msgspec.msgpack.Decoder(Job)
+    send(connection, READY)
+    _give_up_rights(nbytes)
+    template = functools.lru_cache(MAX_COMPILED)(
+        lambda source: ChatTemplate(source, limits.special_tokens, limits.max_characters)
+    )
+    while (body := receive(connection)) is not None:
+        job = decoder.decode(body)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            text = template(job.options.template).render(job.messages, job.tools, job.options)
+            result = Result(text)
+        except NotATemplate as error:
+            result = _failed(error.sentence)
+        except RequestError as error:
+            result = Result(failure=Failure(error.status, FailureKind(error.kind), error.message))
+        except MemoryError:
+            result = _failed("the chat template needs too much memory")
+        except RENDER_ERRORS as error:  # of its compilation
+            result = _failed(f"the chat template cannot be used: {error}")
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        send(connection, msgspec.msgpack.encode(result))
+
+
+def send(connection: socket.socket, body: bytes) -> None:
+    connection.sendall(LENGTH.pack(len(body)) + body)
+
+
+def receive(connection: socket.socket) -> bytes | None:
+    """None when the other end is closed."""
+    head = _exactly(connection, LENGTH.size)
+    return None if head is None else _exactly(connection, LENGTH.unpack(head)[0])
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes | None:
+    body = bytearray()
+    while len(body) < count:
+        part = connection.recv(min(count - len(body), 1 << 20))
+        if not part:
+            return None
+        body += part
+    return bytes(body)
+
+
+def _failed(sentence: str) -> Result:
+    return Result(failure=Failure(422, FailureKind.TEMPLATE, sentence))
+
+
+def _give_up_rights(nbytes: int) -> None:
+    """Nothing of this comes back."""
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+
+
+if __name__ == "__main__":
+    main(
+        socket.socket(fileno=int(sys.argv[1])),
+        msgspec.json.decode(sys.argv[2], type=TemplateLimits),
+        float(sys.argv[3]),
+        int(sys.argv[4]),
+    )
