@@ -141,3 +141,47 @@ def test_whatever_happens_each_request_ends_once_and_nobody_waits_for_ever() -> 
             world.step()
     world.run()
     assert set(world.finished) | world.cancelled == set(world.requests)
+
+
+def test_the_choices_of_a_prompt_wait_for_their_grammar_together() -> None:
+    world = World()
+    first = world.submit([1, 2], choices=3, grammar="a")
+    assert not world.worker.steps
+    world.compile()
+    world.run()
+    assert len(compilations(world)) == 1
+    for request in range(first, first + 3):
+        assert world.tokens[request] == reply(BASE, [1, 2], 4, ignore_eos=True)
+    rows = [new for step in world.worker.run_steps for new in step.new_rows]
+    assert {new.grammar_id for new in rows} == {compilations(world)[0].grammar_id}
+
+
+def test_without_a_prefix_cache_choices_wait_for_their_grammar_too() -> None:
+    world = World(prefix_cache=False)
+    first = world.submit([1, 2], choices=2, grammar="a")
+    assert not world.worker.steps
+    world.compile()
+    world.run()
+    assert {world.finished[one].reason for one in (first, first + 1)} == {FinishReason.LENGTH}
+
+
+def test_when_the_first_choice_is_cancelled_the_next_waits_for_the_grammar() -> None:
+    world = World()
+    first = world.submit([1, 2], choices=2, grammar="a")
+    world.cancel(first)
+    assert not world.worker.steps
+    world.compile()
+    world.run()
+    assert world.finished[first + 1].reason is FinishReason.LENGTH
+
+
+def test_all_choices_end_when_their_grammar_cannot_be_compiled() -> None:
+    world = World()
+    first = world.submit([1, 2], choices=2, grammar="bad")
+    world.compile("what is wrong with it")
+    assert {world.finished[one].reason for one in (first, first + 1)} == {FinishReason.ERROR}
+    again = world.submit([1, 2], choices=2, grammar="bad")
+    assert len(compilations(world)) == 2  # nothing of it is left
+    world.compile()
+    world.run()
+    assert world.finished[again + 1].reason is FinishReason.LENGTH
