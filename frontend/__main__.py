@@ -37,6 +37,7 @@ from pipeline.messages import (
     Spans,
     Stats,
     ToFrontend,
+    Tokenized,
 )
 from pipeline.metrics import snapshot
 from pipeline.process import run
@@ -114,6 +115,8 @@ async def serve(
                 downstream.deliver(message)
             case PromptDetails():
                 downstream.tell_prompt(message)
+            case Tokenized():
+                downstream.tokenized(message)
             case Stats():
                 processes.stats(message)
             case Spans():

@@ -22,6 +22,10 @@ TOKENLESS = frozenset({"local", "s3"})  # sources that everybody may read
 FindAlias = Callable[[str], AdapterKey | None]
 
 
+# What clients of TGI, which has one model, send as `model` when they were not told any.
+STAND_INS = frozenset({"tgi", "dummy"})
+
+
 class UnknownSource(ParameterError):
     """Adapters do not come from there."""
 
@@ -100,6 +104,14 @@ class AdapterNames:
             return _wanted(source, name, token)
         except ValueError as error:
             raise ParameterError(parameter, f"`{parameter}` {error}") from error
+
+    def is_stand_in(self, name: str) -> bool:
+        """Whether a client only has to say something: nothing is called so here."""
+        return (
+            name in STAND_INS
+            and self._find_alias(name) is None
+            and find_local(self._roots, name) is None
+        )
 
     def _source_of(self, name: str) -> str:
         said = source_of_url(name)

@@ -31,6 +31,8 @@ from frontend.lorax import Lorax
 from frontend.openai import OpenAI
 from frontend.operations import Operations
 from frontend.processes import Processes
+from frontend.startup import Startup
+from frontend.tokenization import Tokenization
 from frontend.tracing import Tracing
 from pipeline.config import Settings
 
@@ -62,6 +64,10 @@ def make_app(
         used=used,
         aliases=downstream.aliases,
     )
+    startup = Startup(downstream=downstream, processes=processes)
+    tokenization = Tokenization(
+        downstream=downstream, processes=processes, max_body_bytes=settings.max_body_bytes
+    )
     metrics.IN_FLIGHT.set_function(lambda: downstream.admission.in_flight)
 
     def generate(
@@ -86,6 +92,7 @@ def make_app(
             generate("/v1/chat/completions", openai, openai.chat),
             generate("/v1/completions", openai, openai.completion),
             generate("/", lorax, lorax.compatible),
+            generate("/invocations", lorax, lorax.compatible),
             generate("/generate", lorax, lorax.generate),
             generate("/generate_stream", lorax, lorax.generate_stream),
             *administration.routes(),
@@ -93,6 +100,9 @@ def make_app(
             Route("/v1/models/{model:path}", operations.model),
             Route("/", operations.health),
             Route("/health", operations.health),
+            Route("/ping", operations.health),
+            Route("/startup", startup.endpoint),
+            Route("/tokenize", tokenization.endpoint, methods=["POST"]),
             Route("/info", operations.info),
             Route("/metrics", operations.metrics),
             *_document_routes(operations.version, keys),
@@ -162,6 +172,7 @@ def _dialects(
         base_model=settings.model_id,
         adapters=names,
         max_stop_sequences=settings.max_stop_sequences,
+        max_best_of=settings.max_choices,
         compute_type=lambda: _compute_type(processes),
     )
     return openai, lorax

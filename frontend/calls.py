@@ -175,3 +175,10 @@ def usage_of_all(usages: list[Usage], prompts: int) -> Usage:
         first_token_seconds=max(one.first_token_seconds for one in of_prompts),
         total_seconds=max(one.total_seconds for one in usages),
     )
+
+
+def mean_logprob(part: Part) -> float:
+    """Of the tokens of a choice: what `best_of` ranks by, for LoRAX as for OpenAI."""
+    tokens = [token for piece in part.pieces for token in piece.tokens]
+    logprobs = [token.logprob for token in tokens if token.logprob is not None]
+    return sum(logprobs) / max(1, len(logprobs))

@@ -12,6 +12,7 @@ from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.calls import Part
 from frontend.exchange import ClientGone
+from frontend.questions import Questions
 from frontend.streams import Stream, Streams
 from pipeline.choices import request_ids
 from pipeline.config import Settings
@@ -27,6 +28,7 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     Shutdown,
+    Tokenized,
 )
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -145,6 +147,7 @@ class Downstream:
             workers=settings.tokenizer_workers,
         )
         self.aliases = Aliases(lambda version: send("scheduler", AliasesTaken(version, index), 0))
+        self._questions = Questions(index, send)
         self._workers = settings.tokenizer_workers
         self._index = index
         self._send = send
@@ -162,6 +165,16 @@ class Downstream:
     def tell_prompt(self, message: PromptDetails) -> None:
         self._streams.tell_prompt(message)
 
+    def tokenized(self, message: Tokenized) -> None:
+        self._questions.answer(message)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> Tokenized:
+        """The tokens of a text. Takes a place like any request. Raises RequestError."""
+        with self._place() as worker:
+            return await self._questions.tokenize(
+                text, add_special_tokens=add_special_tokens, worker=worker
+            )
+
     @contextmanager
     def start(self, *prompts: Prompt, streamed: bool) -> Iterator[Reply]:
         """Send the prompts of a call, under request ids of their own; gives what its reply arrives
@@ -170,9 +183,23 @@ class Downstream:
         Raises RequestError when nobody is let in. When the context is left before the end has
         come, what is left of the call is cancelled.
         """
+        with self._place() as worker:
+            yield from self._start(worker, self._numbered(prompts), streamed=streamed)
+
+    @contextmanager
+    def _place(self) -> Iterator[int]:
+        """A place, and the tokenizer worker that it is at. Raises RequestError."""
         worker = self.admission.enter()
         self._idle.clear()
-        numbered = self._numbered(prompts)
+        try:
+            yield worker
+        finally:
+            self.admission.leave(worker)
+            if not self.admission.in_flight:
+                self._idle.set()
+
+    def _start(self, worker: int, numbered: list[Prompt], *, streamed: bool) -> Iterator[Reply]:
+        """See start."""
         first = numbered[0]
         reply = Reply(self._streams, numbered, self._keep_alive_seconds if streamed else 0.0)
         for stream in reply.streams:
@@ -193,9 +220,6 @@ class Downstream:
                 if not stream.ended:
                     self._send("tokenizer_workers", Cancel(stream.request_id), worker)
             self.aliases.ended(first.request_id)
-            self.admission.leave(worker)
-            if not self.admission.in_flight:
-                self._idle.set()
 
     def _numbered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """With the next request ids, as many for each as it has choices."""

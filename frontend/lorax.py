@@ -1,7 +1,7 @@
 """LoRAX's requests: what they say, what of it is honoured, and the Call that comes of it."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -10,32 +10,29 @@ from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token,
 from frontend.authorization import Authorization
 from frontend.calls import Call
 from frontend.exchange import Headers, HttpReply
-from frontend.lorax_replies import Asked, LoraxShape, http_error, refusal
-from frontend.merges import MergedAdapters, merged
+from frontend.lorax_choices import LoraxChoices
+from frontend.lorax_replies import Asked, LoraxShape, http_error, not_understood, refusal
+from frontend.merges import MergedAdapters, check_weights, merged
 from frontend.parameters import (
     MAX_SEED,
     MalformedJson,
     ParameterError,
     decode,
-    is_neutral,
     random_seed,
     stop_strings,
 )
 from frontend.structured import ResponseFormat
 from pipeline.errors import RequestError
-from pipeline.messages import FailureKind, Grammar, Logprobs, Prompt, Sampling
+from pipeline.messages import (
+    MAX_TOP_LOGPROBS,
+    FailureKind,
+    Grammar,
+    Logprobs,
+    Prompt,
+    Sampling,
+)
 
 Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
-
-# Options that change the answer and are not implemented -> the values that ask for nothing.
-# null asks for nothing everywhere. best_of has sentences of its own.
-NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
-    "truncate": (),
-    "watermark": (False,),
-    "decoder_input_details": (False,),
-    "return_k_alternatives": (),
-    "apply_chat_template": (False,),
-}
 
 
 class Parameters(msgspec.Struct, kw_only=True):
@@ -58,19 +55,20 @@ class Parameters(msgspec.Struct, kw_only=True):
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = None
     stop: str | list[str] | None = None
+    truncate: Unsigned | None = None
+    watermark: bool | None = None
     details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: int | None = None
+    apply_chat_template: bool | None = None
     seed: int | None = None
-    # not LoRAX's
+    # TGI's: return_k_alternatives, told in another place
+    top_n_tokens: Unsigned | None = None
+    # neither's
     min_p: float | None = None
     ignore_eos: bool | None = None
     grammar: ResponseFormat | None = None  # TGI's name for response_format
     response_format: ResponseFormat | None = None
-    # see NOT_IMPLEMENTED
-    truncate: Any = None
-    watermark: Any = None
-    decoder_input_details: Any = None
-    return_k_alternatives: Any = None
-    apply_chat_template: Any = None
 
 
 class Request(msgspec.Struct, kw_only=True):
@@ -80,9 +78,10 @@ class Request(msgspec.Struct, kw_only=True):
 
 
 class Lorax:
-    """The LoRAX family of routes.
+    """The LoRAX family of routes, which are TGI's too.
 
     base_model    the id of the base model
+    max_best_of   replies that one is chosen from
     compute_type  gives what the server runs on, once that is known
     """
 
@@ -92,11 +91,13 @@ class Lorax:
         base_model: str,
         adapters: AdapterNames,
         max_stop_sequences: int,
+        max_best_of: int,
         compute_type: Callable[[], str],
     ) -> None:
         self._base_model = base_model
         self._adapters = adapters
         self._max_stop_sequences = max_stop_sequences
+        self._max_best_of = max_best_of
         self._compute_type = compute_type
         self._requests = msgspec.json.Decoder(Request)
 
@@ -128,8 +129,7 @@ class Lorax:
         except MalformedJson as error:
             return http_error(400, str(error))
         except RequestError as error:
-            sentence = "Failed to deserialize the JSON body into the target type: "
-            return http_error(422, sentence + error.message)
+            return not_understood(error)
         stream = bool(request.stream) if streamed is None else streamed
         try:
             return self._call(request, authorization, streamed=stream, in_list=streamed is None)
@@ -150,18 +150,27 @@ class Lorax:
         in_list: bool,
     ) -> Call:
         parameters = request.parameters or Parameters()
-        _check_implemented(parameters, streamed=streamed)
+        self._check_first(parameters, streamed=streamed)
         sampling = _sampling(parameters)
         if parameters.max_new_tokens == 0:
             raise ParameterError("max_new_tokens", "`max_new_tokens` must be strictly positive")
         stop = stop_strings(parameters.stop, self._max_stop_sequences)
+        best_of = parameters.best_of or 1
+        if best_of > 1 and parameters.seed is not None:
+            raise ParameterError("seed", "`seed` must not be set when `best_of` > 1")
         if not request.inputs:
             raise ParameterError("inputs", "`inputs` cannot be empty")
         wanted = self._wanted(parameters, authorization)
+        scored = bool(parameters.decoder_input_details)
+        details = scored or bool(parameters.details)
+        tokens = streamed or details or best_of > 1
+        alternatives, top = parameters.return_k_alternatives or 0, parameters.top_n_tokens or 0
+        is_chat = bool(parameters.apply_chat_template)
         prompt = Prompt(
             request_id=0,
             arrived=0.0,
-            text=request.inputs,
+            text=None if is_chat else request.inputs,
+            chat=[{"role": "user", "content": request.inputs}] if is_chat else None,
             adapter=wanted.key if wanted else None,
             adapter_token=wanted.token if wanted else None,
             sampling=sampling,
@@ -169,9 +178,12 @@ class Lorax:
             stop=stop,
             keep_stop=True,
             ignore_eos=bool(parameters.ignore_eos_token or parameters.ignore_eos),
-            token_details=streamed or bool(parameters.details),
-            logprobs=Logprobs() if streamed or parameters.details else None,
+            token_details=tokens,
+            logprobs=Logprobs(max(alternatives, top), 0 if scored else None) if tokens else None,
             tenant=tenant_of(parameters.api_token, authorization),
+            prompt_details=scored,
+            choices=best_of,
+            truncate=parameters.truncate,
             grammar=_grammar(parameters),
         )
         asked = Asked(
@@ -180,12 +192,35 @@ class Lorax:
             compute_type=self._compute_type(),
             adapter=prompt.adapter,
             seed=sampling.seed if sampling.temperature else None,
-            details=bool(parameters.details),
+            details=details,
             full_text=bool(parameters.return_full_text),
             streamed=streamed,
             in_list=in_list,
+            alternatives=alternatives,
+            top_tokens=top,
         )
-        return Call(prompt, LoraxShape(asked), streamed)
+        shape = LoraxShape(asked)
+        plain = best_of == 1 and not scored
+        return Call(prompt, shape if plain else LoraxChoices(shape), streamed)
+
+    def _check_first(self, parameters: Parameters, *, streamed: bool) -> None:
+        """What LoRAX looks at before the ranges, in its order. Raises ParameterError."""
+        if streamed:
+            _check_streamable(parameters)
+        best_of, most = parameters.best_of, self._max_best_of
+        if best_of is not None and best_of > 1 and most == 1:
+            raise ParameterError("best_of", "`best_of` != 1 is not allowed for this endpoint")
+        if best_of is not None and not 0 < best_of <= most:
+            raise ParameterError(
+                "best_of", f"`best_of` must be > 0 and <= {most}. Given: {best_of}"
+            )
+        if parameters.merged_adapters is None:
+            return
+        if parameters.adapter_id:
+            raise ParameterError(
+                "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
+            )
+        check_weights(parameters.merged_adapters)
 
     def _wanted(self, parameters: Parameters, authorization: Authorization | None) -> Wanted | None:
         token = source_token(parameters.api_token, authorization)
@@ -197,10 +232,6 @@ class Lorax:
 
         if parameters.merged_adapters is None:
             return find(parameters.adapter_id)
-        if parameters.adapter_id:
-            raise ParameterError(
-                "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
-            )
         return merged(parameters.merged_adapters, find)
 
 
@@ -214,38 +245,35 @@ def _grammar(parameters: Parameters) -> Grammar | None:
     return None
 
 
-def _check_implemented(parameters: Parameters, *, streamed: bool) -> None:
-    best_of = parameters.best_of
-    if best_of not in (None, 1):
-        if streamed:
-            sentence = "`best_of` != 1 is not supported when streaming tokens"
-        elif best_of == 0:
-            sentence = "`best_of` must be > 0 and <= 1. Given: 0"
-        else:
-            sentence = "`best_of` != 1 is not allowed for this endpoint"
-        raise ParameterError("best_of", sentence)
-    if streamed and parameters.decoder_input_details:
+def _check_streamable(parameters: Parameters) -> None:
+    if parameters.best_of not in (None, 1):
+        raise ParameterError("best_of", "`best_of` != 1 is not supported when streaming tokens")
+    if parameters.decoder_input_details:
         raise ParameterError(
             "decoder_input_details",
             "`decoder_input_details` == true is not supported when streaming tokens",
         )
-    for name, neutral in NOT_IMPLEMENTED.items():
-        if not is_neutral(getattr(parameters, name), neutral):
-            raise ParameterError(name, f"`{name}` is not supported")
 
 
 def _sampling(given: Parameters) -> Sampling:
-    """Greedy, unless sampling is asked for or something is set that means nothing without it."""
-    _check_ranges(given)
+    """Greedy, unless sampling is asked for or something is set that means nothing without it.
+
+    A temperature of 1 is such a thing for `best_of` alone: many clients always send one.
+    """
+    several = (given.best_of or 1) > 1
     temperature = 1.0 if given.temperature is None else given.temperature
     sampled = (
         bool(given.do_sample)
         or temperature != 1
+        or (several and given.temperature is not None)
         or given.top_k is not None
         or (given.top_p or 1) < 1
         or given.typical_p is not None
         or bool(given.min_p)
     )
+    if several and not (sampled and temperature):
+        raise ParameterError("best_of", "you must use sampling when `best_of` is > 1")
+    _check_ranges(given)
     return Sampling(
         temperature=temperature if sampled else 0.0,
         top_p=1.0 if given.top_p is None else given.top_p,
@@ -256,6 +284,7 @@ def _sampling(given: Parameters) -> Sampling:
         frequency_penalty=given.frequency_penalty or 0.0,
         presence_penalty=given.presence_penalty or 0.0,
         seed=random_seed() if given.seed is None else given.seed,
+        watermark=bool(given.watermark),
     )
 
 
@@ -271,6 +300,12 @@ def _check_ranges(given: Parameters) -> None:
     _check("typical_p", given.typical_p, lambda p: 0 < p < 1, "must be > 0.0 and < 1.0")
     _check("min_p", given.min_p, lambda p: 0 <= p <= 1, "must be >= 0.0 and <= 1.0")
     _check("top_k", given.top_k, lambda k: 0 < k < 1 << 31, "must be strictly positive")
+    alternatives, most = given.return_k_alternatives, MAX_TOP_LOGPROBS
+    _check("return_k_alternatives", alternatives, lambda k: k > 0, "must be strictly positive")
+    sentence = f"must be <= {most}. Given: {alternatives}"
+    _check("return_k_alternatives", alternatives, lambda k: k <= most, sentence)
+    sentence = f"must be >= 0 and <= {most}. Given: {given.top_n_tokens}"
+    _check("top_n_tokens", given.top_n_tokens, lambda n: n <= most, sentence)
     _check("seed", given.seed, lambda s: 0 <= s <= MAX_SEED, "must be an unsigned 64-bit integer")
 
 

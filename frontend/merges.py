@@ -34,6 +34,11 @@ class MergedAdapters(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] | None = None  # of dare_*; 0
 
 
+def check_weights(given: MergedAdapters) -> None:
+    """What can be said of it before anything else is looked at. Raises ParameterError."""
+    _weights(given)
+
+
 def merged(given: MergedAdapters, find: Callable[[str], Wanted | None]) -> Wanted:
     """The adapter that is asked for. Raises ParameterError.
 

@@ -331,7 +331,8 @@ class OpenAI:
                 name, source=request.adapter_source, token=token, parameter="model"
             )
 
-        named = find(request.model)
+        stands_in = request.adapter_source is None and self._adapters.is_stand_in(request.model)
+        named = None if stands_in else find(request.model)
         if request.merged_adapters is None:
             return named
         if named is not None:

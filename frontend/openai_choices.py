@@ -2,7 +2,7 @@
 
 import msgspec
 
-from frontend.calls import ChoicesShape, Part, end_of_all
+from frontend.calls import ChoicesShape, Part, end_of_all, mean_logprob
 from frontend.exchange import Headers, HttpReply
 from frontend.openai_replies import Shape, refusal
 from pipeline.errors import RequestError
@@ -85,13 +85,7 @@ class Choices(ChoicesShape):
         """Those whose tokens are the likeliest on average, the best of them first."""
         if self._asked.shown == self._asked.made:
             return parts
-        return sorted(parts, key=_mean_logprob, reverse=True)[: self._asked.shown]
-
-
-def _mean_logprob(part: Part) -> float:
-    tokens = [token for piece in part.pieces for token in piece.tokens]
-    logprobs = [token.logprob for token in tokens if token.logprob is not None]
-    return sum(logprobs) / max(1, len(logprobs))
+        return sorted(parts, key=mean_logprob, reverse=True)[: self._asked.shown]
 
 
 def _end(part: Part) -> End:

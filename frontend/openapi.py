@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from frontend import administration, lorax, openai, reply_schemas
+from frontend import administration, lorax, openai, reply_schemas, tokenization
 
 JSON, STREAM, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 SCHEMAS = "#/components/schemas/"
@@ -96,6 +96,22 @@ OPERATIONS = (
         lorax.Request,
         {JSON: list[reply_schemas.Generated], STREAM: str},
     ),
+    Operation(
+        "post",
+        "/invocations",
+        "LoRAX",
+        "As `/`, where SageMaker looks for it",
+        lorax.Request,
+        {JSON: list[reply_schemas.Generated], STREAM: str},
+    ),
+    Operation(
+        "post",
+        "/tokenize",
+        "LoRAX",
+        "The tokens of a text",
+        tokenization.Inputs,
+        {JSON: list[reply_schemas.TextToken]},
+    ),
     Operation("get", "/info", "LoRAX", "Facts of this server", None, {JSON: dict[str, Any]}),
     _admin(
         "/v1/load_lora_adapter",
@@ -150,6 +166,8 @@ OPERATIONS = (
     ),
     Operation("get", "/", "Operations", "Whether a request would be let in"),
     Operation("get", "/health", "Operations", "Whether a request would be let in"),
+    Operation("get", "/ping", "Operations", "As `/health`, where SageMaker looks for it"),
+    Operation("get", "/startup", "Operations", "Whether a token comes of a prompt"),
     Operation("get", "/metrics", "Operations", "Metrics of all processes", None, {TEXT: str}),
     Operation("get", "/docs", "Operations", "This document for people", None, {HTML: str}),
     Operation("get", "/openapi.json", "Operations", "This document", None, {JSON: dict[str, Any]}),
@@ -167,7 +185,6 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "ChatRequest": openai.NOT_IMPLEMENTED,
     "CompletionRequest": openai.NOT_IMPLEMENTED,
     "ChatMessage": openai.EMPTY_IN_MESSAGE,
-    "Parameters": lorax.NOT_IMPLEMENTED,
 }
 
 

@@ -14,7 +14,8 @@ from frontend.adapters import UsedAdapters, scope_of, source_token, written
 from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.authorization import ServerKeys
-from frontend.exchange import JSON, RETRY, HttpReply
+from frontend.exchange import RETRY, HttpReply
+from frontend.lorax_replies import unhealthy
 from frontend.metric_aliases import with_aliases
 from frontend.openai_replies import refusal
 from frontend.parameters import ParameterError
@@ -60,13 +61,14 @@ class Operations:
         if not missing and not self._admission.draining:
             return HttpReply(200, b"", ())
         why = f"waiting for {', '.join(missing)}" if missing else "shutting down"
-        body = {"error": f"unhealthy: {why}", "error_type": "healthcheck"}
-        return HttpReply(503, encode(body), JSON + RETRY)
+        return unhealthy(why, RETRY)
 
     async def info(self, request: Request) -> HttpReply:
-        """LoRAX's facts, as far as they mean something here, and what each process says."""
+        """LoRAX's facts, null where there is no such thing here, and what each process says."""
         settings, fact = self._settings, self._processes.fact
         total = fact("tokenizer_workers", "max_total_tokens")
+        blocks, tokens = fact("scheduler", "kv_blocks"), fact("scheduler", "kv_block_tokens")
+        fits = blocks * tokens if isinstance(blocks, int) and isinstance(tokens, int) else None
         return HttpReply(
             200,
             encode(
@@ -75,14 +77,21 @@ class Operations:
                     "model_sha": settings.model_revision or None,
                     "model_dtype": fact("gpu_worker", "dtype"),
                     "model_device_type": fact("gpu_worker", "device"),
-                    "model_pipeline_tag": None,
+                    "model_pipeline_tag": "text-generation",
                     "max_concurrent_requests": settings.max_concurrent_requests,
-                    "max_best_of": 1,
+                    "max_best_of": settings.max_choices,
                     "max_stop_sequences": settings.max_stop_sequences,
                     "max_input_length": total - 1 if isinstance(total, int) else None,
                     "max_total_tokens": total,
+                    "waiting_served_ratio": None,
+                    "max_batch_total_tokens": fits,
+                    "max_waiting_tokens": None,
                     "validation_workers": settings.tokenizer_workers,
+                    "eager_prefill": None,
                     "version": self.version,
+                    "sha": None,
+                    "docker_label": None,
+                    "request_logger_url": None,
                     "processes": self._processes.facts(),
                 }
             ),

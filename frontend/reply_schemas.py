@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+LoraxFinishReason = Literal["length", "eos_token", "stop_sequence"]
+
 
 class OpenAIErrorFacts(Struct, frozen=True):
     message: str
@@ -98,21 +100,58 @@ class LoraxToken(Struct, frozen=True):
     logprob: float | None
     special: bool
     skipped: bool
+    alternative_tokens: list["PrefillToken"] | UnsetType = UNSET
+
+
+class PrefillToken(Struct, frozen=True):
+    """A token of the prompt, or one that might stand where another does."""
+
+    id: int
+    text: str
+    logprob: float | None
+
+
+class TopToken(Struct, frozen=True):
+    id: int
+    text: str
+    logprob: float
+    special: bool
+
+
+class BestOfSequence(Struct, frozen=True):
+    generated_text: str
+    finish_reason: LoraxFinishReason
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[LoraxToken]
+    top_tokens: list[list[TopToken]] | UnsetType = UNSET
 
 
 class LoraxDetails(Struct, frozen=True):
-    finish_reason: Literal["length", "eos_token", "stop_sequence"]
+    finish_reason: LoraxFinishReason
     prompt_tokens: int
     generated_tokens: int
     skipped_tokens: int
     seed: int | None
-    prefill: list[Any]
+    prefill: list[PrefillToken]
     tokens: list[LoraxToken]
+    top_tokens: list[list[TopToken]] | UnsetType = UNSET  # TGI's
+    best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
 
 
 class Generated(Struct, frozen=True):
     generated_text: str
     details: LoraxDetails | UnsetType = UNSET  # if they are asked for
+
+
+class TextToken(Struct, frozen=True):
+    """A token, and which characters of the text it is."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
 
 
 class Done(Struct, frozen=True):

@@ -30,6 +30,7 @@ from gpu_worker.layers.torch_ops import TorchOps
 from gpu_worker.memory import activation_bytes, device_memory, divide, step_sizes
 from gpu_worker.models.decoder import Decoder
 from gpu_worker.rows import RowTable
+from gpu_worker.watermark import Watermark
 from gpu_worker.weights import Checkpoint, DummyCheckpoint
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
@@ -93,6 +94,9 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         grammars=_grammars(parts, vocabulary),
         device=device,
         index=index,
+        watermark=Watermark(
+            settings.watermark_gamma, settings.watermark_delta, settings.watermark_key
+        ),
     )
     if device.type == "cuda":
         from gpu_worker.build_cuda import make_ready  # Triton is not there on a plain CPU

@@ -10,7 +10,7 @@ from pipeline.messages import Logprobs, NewRow, Sampling, Step
 
 SHORTEST = 16
 GREEDY = Sampling(temperature=0.0)
-DRAWN = Sampling(temperature=1.0, top_p=0.9, seed=1, logit_bias=((0, -1.0),))
+DRAWN = Sampling(temperature=1.0, top_p=0.9, seed=1, logit_bias=((0, -1.0),), watermark=True)
 LOGPROBS = Logprobs(1, prompt_top=1)  # of those that are drawn
 PREFILLED, DECODED = 0, 1  # rows
 DECODED_TOKENS = 2

@@ -20,6 +20,7 @@ SAMPLING = np.dtype(
         ("frequency_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("seed", np.uint64),
+        ("watermark", np.bool_),
     ]
 )  # messages.Sampling, field by field, but for what Biases hold
 

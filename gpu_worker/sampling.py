@@ -1,8 +1,8 @@
 """Choosing the next token of each row, vectorised over rows.
 
-In the order of LoRAX and Hugging Face: bias, repetition penalty, frequency and presence penalty,
-temperature, top_k, top_p, typical_p, min_p, draw. What a row gets does not depend on the others
-of its batch: its logits are its own, its random number comes from its seed and position.
+In the order of LoRAX and Hugging Face: bias, watermark, repetition penalty, frequency and presence
+penalty, temperature, top_k, top_p, typical_p, min_p, draw. What a row gets does not depend on the
+others of its batch: its logits are its own, its random number comes from its seed and position.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from gpu_worker.device import to_device
 from gpu_worker.filters import filter_
 from gpu_worker.logprobs import logprob_rows
 from gpu_worker.randomness import uniform
+from gpu_worker.watermark import USUAL, Watermark, watermarked
 from pipeline.messages import NOT_FINITE
 
 
@@ -32,6 +33,7 @@ class SampledRows(NamedTuple):
     logprobs: NDArray[np.bool_]  # [sampled], who wants them
     top: int = 0  # log-probabilities of the likeliest tokens, besides the chosen one's
     biases: StepBiases | None = None
+    watermark: Watermark = USUAL  # of the rows that want one
 
 
 def sample(
@@ -53,6 +55,11 @@ def sample(
     scores = logits if masked is None else masked
     if rows.biases is not None:
         scores = biased(scores, rows.biases)
+    marked = np.flatnonzero(params["watermark"])
+    if len(marked):
+        scores = scores.float()
+        at = to_device(marked, logits.device)
+        scores = scores.index_copy(0, at, mark(scores[at], _only(rows, marked)))
     if penalised.any():
         scores = scores.float()
         indices = np.flatnonzero(penalised)
@@ -69,6 +76,14 @@ def sample(
         return tokens, None
     at = to_device(np.flatnonzero(rows.logprobs), logits.device)
     return tokens, logprob_rows(logits[at], tokens[at], rows.top)
+
+
+def mark(scores: Tensor, rows: SampledRows) -> Tensor:
+    """Give these rows, fp32[n, vocabulary], their watermark."""
+    device = scores.device
+    last = to_device(rows.lengths - 1, device)
+    previous = rows.history[to_device(rows.rows, device), last].long()
+    return watermarked(scores, previous, rows.watermark)
 
 
 def penalise(scores: Tensor, rows: SampledRows) -> Tensor:
@@ -119,6 +134,7 @@ def _only(rows: SampledRows, indices: NDArray[np.int64]) -> SampledRows:
         lengths=rows.lengths[indices],
         prompt_tokens=rows.prompt_tokens[indices],
         logprobs=rows.logprobs[indices],
+        watermark=rows.watermark,
     )
 
 

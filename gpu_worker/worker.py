@@ -27,6 +27,7 @@ from gpu_worker.logprobs import PromptScores
 from gpu_worker.rows import NO_LOGPROBS, RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
+from gpu_worker.watermark import USUAL, Watermark
 from pipeline.messages import GRAMMAR_GAVE_UP, NewRow, PlaceAdapter, Step, StepDone
 
 
@@ -122,6 +123,7 @@ class Worker:
         grammars: Grammars,
         device: torch.device,
         index: int = 0,
+        watermark: Watermark = USUAL,
     ) -> None:
         self.grammars = grammars
         self._unsampled: _Unsampled | None = None
@@ -132,6 +134,7 @@ class Worker:
         self._figures = figures
         self._device = device
         self._index = index
+        self._watermark = watermark
         self._times_before: StepTimes | None = None  # of the step that ended last
 
     def attach_arena(self, arena: mmap) -> None:
@@ -293,6 +296,7 @@ class Worker:
             logprobs=table.top[rows] != NO_LOGPROBS,
             top=computed.top,
             biases=table.biases.of_step(rows, lengths),
+            watermark=self._watermark,
         )
         masked = None if masks is None else masks.apply(logits)
         tokens, logprobs = sample(logits, sampled, masked)

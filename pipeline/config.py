@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
-SECRETS = ("api_key", "admin_api_key")  # settings that are shown to nobody
+SECRETS = ("api_key", "admin_api_key", "watermark_key")  # settings that are shown to nobody
 NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
@@ -218,6 +218,16 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_choices: Annotated[
         int, Meta(ge=1, description="replies to one request, to all of its prompts together")
     ] = 128
+    watermark_gamma: Annotated[
+        float, Meta(gt=0, lt=1, description="share of the vocabulary that a watermark favours")
+    ] = 0.5
+    watermark_delta: Annotated[
+        float, Meta(ge=0, description="what a watermark adds to the logits of what it favours")
+    ] = 2.0
+    watermark_key: Annotated[
+        int,
+        Meta(ge=0, lt=1 << 32, description="with this the watermark of a text is found"),
+    ] = 15485863
     grammar_compile_seconds: Annotated[
         float,
         Meta(gt=0, description="time to compile a grammar, after which it is refused, seconds"),

@@ -161,6 +161,7 @@ class Sampling(Value, frozen=True):
     seed: int = 0  # uint64
     logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its logit
     min_tokens: int = 0  # produced before a token that ends it may be
+    watermark: bool = False  # as gpu_worker.watermark does
 
 
 class Logprobs(Value, frozen=True):
@@ -228,6 +229,7 @@ class Alternative(Value, frozen=True):
     text: str
     logprob: float
     data: bytes | None = None
+    special: bool = False
 
 
 class TokenDetail(Value, frozen=True):
@@ -299,6 +301,7 @@ class Prompt(Message, frozen=True):
     chat_options: ChatOptions = ChatOptions()  # of a chat
     grammar: Grammar | None = None
     tools: Tools | None = None  # of a chat
+    truncate: int | None = None  # keep so many tokens of the prompt, its last
 
 
 class Rendered(Message, frozen=True):
@@ -307,6 +310,15 @@ class Rendered(Message, frozen=True):
     request_id: int
     text: str
     failure: Failure | None = None
+
+
+class Tokenize(Message, frozen=True):
+    """frontend -> tokenizer_workers: which tokens is this text? Answered by one Tokenized."""
+
+    question_id: int
+    frontend: int
+    text: str
+    add_special_tokens: bool = True
 
 
 class Cancel(Message, frozen=True):
@@ -726,6 +738,16 @@ class PromptDetails(Message, frozen=True):
     tokens: tuple[TokenDetail, ...] = ()  # if their log-probabilities are wanted
 
 
+class Tokenized(Message, frozen=True):
+    """tokenizer_workers -> frontend: the tokens of a text, or why they cannot be told."""
+
+    question_id: int
+    token_ids: bytes = b""
+    texts: tuple[str, ...] = ()  # as the vocabulary writes them
+    spans: bytes = b""  # int32[tokens, 2]: of the text, in characters
+    failure: Failure | None = None
+
+
 class Pieces(Message, frozen=True):
     """tokenizer_workers -> frontend: one message per step. A request's piece precedes its end."""
 
@@ -772,9 +794,19 @@ class Spans(Message, frozen=True):
 
 
 ToFrontend = (
-    Pieces | PromptDetails | ProcessReady | Stats | Spans | Aliases | AdminDone | AdapterList
+    Pieces
+    | PromptDetails
+    | Tokenized
+    | ProcessReady
+    | Stats
+    | Spans
+    | Aliases
+    | AdminDone
+    | AdapterList
 )
-ToTokenizerWorker = Prompt | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+ToTokenizerWorker = (
+    Prompt | Tokenize | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+)
 ToScheduler = (
     Prefetch
     | Submit

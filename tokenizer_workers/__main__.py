@@ -18,6 +18,7 @@ from pipeline.messages import (
     Span,
     Spans,
     Stats,
+    Tokenize,
     Tokens,
     ToTokenizerWorker,
 )
@@ -59,6 +60,7 @@ class Worker:
         run_dir = settings.run_folder()
         self._inbox: Inbox[ToTokenizerWorker] = Inbox(run_dir, PROCESS, index, ToTokenizerWorker)
         self._outbox = Outbox(run_dir)
+        self._tokenized = model.encoder.tokenized
         self.core = Core(
             worker=index,
             frontends=settings.frontends,
@@ -107,6 +109,8 @@ class Worker:
                     self._trace(message, started)
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
+            case Tokenize():
+                self._outbox.send("frontend", self._tokenized(message), message.frontend)
             case Rendered():
                 prompt = self.core.rendered(message, time.monotonic())
                 if prompt is not None:

@@ -366,7 +366,8 @@ class Core:
 
     def _tell_prompt(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> None:
         """At once, or when the log-probabilities that are wanted are there."""
-        text = self._text_of(encoded) if prompt.text is None else prompt.text
+        whole = prompt.text if prompt.truncate is None else None
+        text = self._text_of(encoded) if whole is None else whole
         if prompt.logprobs is None or prompt.logprobs.prompt_top is None:
             outgoing.prompts.append(PromptDetails(prompt.request_id, text))
             return

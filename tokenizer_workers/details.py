@@ -41,7 +41,13 @@ class Vocabulary:
     def _alternative(self, token_id: int, logprob: float) -> Alternative:
         data = self._bytes_of(token_id)
         text = data.decode(errors="replace")
-        return Alternative(token_id, text, logprob, None if text.encode() == data else data)
+        return Alternative(
+            id=token_id,
+            text=text,
+            logprob=logprob,
+            data=None if text.encode() == data else data,
+            special=token_id in self.special_ids,
+        )
 
 
 class PromptTokens:

@@ -4,11 +4,11 @@ from array import array
 from collections.abc import Callable
 
 import msgspec
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from pipeline.errors import RequestError
 from pipeline.grammars import GrammarError, source_of
-from pipeline.messages import FailureKind, Prompt
+from pipeline.messages import Failure, FailureKind, Prompt, Tokenize, Tokenized
 from tokenizer_workers.chat_template import ChatTemplate
 from tokenizer_workers.tool_calls import ToolCallParser
 from tokenizer_workers.tool_use import ToolUse
@@ -55,6 +55,7 @@ class Encoder:
         """Raises RequestError, with the sentence for the client."""
         if not all(prompt.stop):
             raise _invalid("`stop` strings cannot be empty")
+        self._check_truncate(prompt.truncate)
         ids = self._token_ids(prompt)
         count = len(ids)
         if not count:
@@ -94,6 +95,28 @@ class Encoder:
             raise _invalid("a reply with a grammar ends with it: `min_tokens` cannot be set")
         return source
 
+    def tokenized(self, question: Tokenize) -> Tokenized:
+        """What is asked about; the text may be as long as a prompt."""
+        try:
+            encoding = self._encode_whole(question.text, question.add_special_tokens)
+        except RequestError as error:
+            failure = Failure(error.status, FailureKind(error.kind), error.message)
+            return Tokenized(question.question_id, failure=failure)
+        return Tokenized(
+            question_id=question.question_id,
+            token_ids=array("i", encoding.ids).tobytes(),
+            texts=tuple(encoding.tokens),
+            spans=array("i", [at for span in encoding.offsets for at in span]).tobytes(),
+        )
+
+    def _check_truncate(self, truncate: int | None) -> None:
+        """The sentence, and its range, are LoRAX's."""
+        if truncate is not None and not 0 < truncate < self._max_total_tokens:
+            raise _invalid(
+                "`truncate` must be strictly positive and less than "
+                f"{self._max_total_tokens - 1}. Given: {truncate}"
+            )
+
     def _check_named(self, prompt: Prompt) -> None:
         """Tokens that parameters name are those of the model."""
         named = [("logit_bias", token_id) for token_id, _ in prompt.sampling.logit_bias]
@@ -107,24 +130,40 @@ class Encoder:
 
     def _token_ids(self, prompt: Prompt) -> "array[int]":
         if prompt.token_ids is not None:
-            return array("i", prompt.token_ids)
+            ids = array("i", prompt.token_ids)
+            return ids if prompt.truncate is None else ids[-prompt.truncate :]
         if prompt.chat is None:
-            return self._encode_text(prompt.text or "", prompt.add_special_tokens)
-        if self._chat_template is None:
+            text, special = prompt.text or "", prompt.add_special_tokens
+        elif self._chat_template is None:
             raise RequestError(400, FailureKind.TEMPLATE, "the model has no chat template")
-        messages, tools = prompt.chat, None
-        if self._tool_use is not None:
-            messages, tools = self._tool_use.chat(prompt.chat, prompt.tools)
-        text = self._chat_template.render(messages, tools, prompt.chat_options)
-        return self._encode_text(text, prompt.chat_options.add_special_tokens)
+        else:
+            messages, tools = prompt.chat, None
+            if self._tool_use is not None:
+                messages, tools = self._tool_use.chat(prompt.chat, prompt.tools)
+            text = self._chat_template.render(messages, tools, prompt.chat_options)
+            special = prompt.chat_options.add_special_tokens
+        if prompt.truncate is None:
+            return array("i", self._encode_whole(text, special).ids)
+        return array("i", self._encode_end(text, special, prompt.truncate))
 
-    def _encode_text(self, text: str, special: bool) -> "array[int]":
+    def _encode_whole(self, text: str, special: bool) -> Encoding:
         if len(text) > self._max_characters:  # before the time is spent that others wait for
             raise _invalid(
                 f"`inputs` must have less than {self._max_total_tokens} tokens. "
                 f"Given: {len(text)} characters, which cannot be so few"
             )
-        return array("i", self._tokenizer.encode(text, add_special_tokens=special).ids)
+        return self._tokenizer.encode(text, add_special_tokens=special)
+
+    def _encode_end(self, text: str, special: bool, count: int) -> list[int]:
+        """The last `count` tokens, among them those that the tokenizer puts around the text, if
+        that leaves room for any of the text."""
+        end = text[-self._max_characters :]  # has more tokens than are kept, whatever they are
+        encoding = self._tokenizer.encode(end, add_special_tokens=False)
+        around = self._tokenizer.num_special_tokens_to_add(is_pair=False) if special else 0
+        if around >= count:
+            return list(encoding.ids[-count:])
+        encoding.truncate(count - around, direction="left")
+        return list(self._tokenizer.post_process(encoding, add_special_tokens=special).ids)
 
 
 def _invalid(sentence: str) -> RequestError:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+from array import array
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from frontend.tracing import Tracing
 from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
+    Alternative,
     Cancel,
     End,
     Failure,
@@ -34,6 +36,8 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     TokenDetail,
+    Tokenize,
+    Tokenized,
     Usage,
 )
 
@@ -41,6 +45,7 @@ BASE = "some/base"
 OTHERS = ("tokenizer_workers", "scheduler", "gpu_worker", "adapter_loader")
 FACTS: dict[str, dict[str, str | int | float | None]] = {
     "tokenizer_workers": {"max_total_tokens": 512},
+    "scheduler": {"kv_blocks": 100, "kv_block_tokens": 16},
     "gpu_worker": {"device": "cpu", "dtype": "float32"},
 }
 
@@ -76,6 +81,14 @@ def token(token_id: int = 5, text: str = "a", *, special: bool = False) -> Token
     return TokenDetail(token_id, text, -0.5, special)
 
 
+def likeliest(prompt: Prompt, detail: TokenDetail) -> TokenDetail:
+    """The token with as many alternatives as the prompt wants, itself the first of them."""
+    top = prompt.logprobs.top if prompt.logprobs is not None else 0
+    others = [Alternative(detail.id + at, f"{detail.text}{at}", -at) for at in range(1, top)]
+    first = Alternative(detail.id, detail.text, detail.logprob or 0.0)
+    return msgspec.structs.replace(detail, alternatives=(first, *others)[:top])
+
+
 def piece(text: str = "a", request_id: int = 1, tokens: Sequence[TokenDetail] = ()) -> Piece:
     return Piece(request_id, text, tuple(tokens))
 
@@ -91,7 +104,7 @@ def says(*texts: str, reason: FinishReason = FinishReason.EOS) -> Answer:
             yield PromptDetails(prompt.request_id, prompt.text or "ids", prompt_tokens(prompt))
         for request_id in request_ids(prompt.request_id, prompt.choices):
             for at, text in enumerate(texts):
-                tokens = [token(at, text)] if prompt.token_details else []
+                tokens = [likeliest(prompt, token(at, text))] if prompt.token_details else []
                 ends = (end(request_id, reason, completion_tokens=len(texts)),)
                 last = at == len(texts) - 1
                 yield Pieces([piece(text, request_id, tokens)], ends if last else ())
@@ -121,6 +134,21 @@ def fails(failed: Failure, *texts: str) -> Answer:
 def silence(prompt: Prompt) -> Iterable[Pieces | PromptDetails]:
     """No answer at all."""
     return ()
+
+
+def letters_of(question: Tokenize) -> Tokenized:
+    """Each letter is a token, after one that is added; a text of digits cannot be told."""
+    if question.text.isdecimal():
+        return Tokenized(question.question_id, failure=failure(FailureKind.VALIDATION, 400, "no"))
+    texts = (*(["<s>"] * question.add_special_tokens), *question.text)
+    spans = [(0, 0)] * question.add_special_tokens
+    spans += [(at, at + 1) for at in range(len(question.text))]
+    return Tokenized(
+        question.question_id,
+        array("i", range(len(texts))).tobytes(),
+        texts,
+        array("i", [at for span in spans for at in span]).tobytes(),
+    )
 
 
 class Backend:
@@ -170,6 +198,8 @@ class Backend:
     def send(self, process: str, message: Message, index: int) -> None:
         self.sent.append((process, message, index))
         self.seen[type(message)].set()
+        if isinstance(message, Tokenize):
+            asyncio.get_running_loop().call_soon(self.downstream.tokenized, letters_of(message))
         if isinstance(message, Prompt):
             for answer in self.answer(message):
                 asyncio.get_running_loop().call_soon(self._deliver, answer)

@@ -150,17 +150,6 @@ def test_loraxs_asynchronous_client_generates_and_streams(server: Running) -> No
     assert asyncio.run(both()) == ("Hello", ["Hel", "lo"])
 
 
-def test_loraxs_client_knows_our_errors(server: Running) -> None:
-    client = lorax.Client(server.url)
-    server.backend.answer = fails(failure(message="no adapter `x`"))
-    with pytest.raises(lorax.errors.GenerationError, match="no adapter `x`"):
-        client.generate("Hi", adapter_id="x")
-    with pytest.raises(lorax.errors.GenerationError, match="no adapter `x`"):
-        list(client.generate_stream("Hi", adapter_id="x"))
-    with pytest.raises(lorax.errors.ValidationError, match="stop sequences"):
-        client.generate("Hi", stop_sequences=list("abcde"))
-
-
 def test_a_body_over_the_limit_is_answered_and_the_connection_goes_on(server: Running) -> None:
     server.backend.answer = says("Hello")
     with httpx.Client(base_url=server.url) as client:

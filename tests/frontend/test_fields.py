@@ -6,7 +6,7 @@ A field that a route knows and that is not here fails a test, and so does one th
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -16,16 +16,34 @@ from frontend.adapters import AdapterNames
 from frontend.authorization import Authorization
 from frontend.calls import Call, ChoicesShape, Part
 from frontend.exchange import HttpReply
+from frontend.lorax import Lorax, Parameters, Request
 from frontend.openai import ChatRequest, CompletionRequest, OpenAI
-from pipeline.messages import End, FinishReason, Piece, PromptDetails, TokenDetail, Usage
+from frontend.tokenization import Inputs
+from pipeline.messages import (
+    Alternative,
+    End,
+    FinishReason,
+    Piece,
+    PromptDetails,
+    TokenDetail,
+    Usage,
+)
 from tests.frontend.fakes import BASE, json_of, streamed
 
+NAMES = AdapterNames(base_model=BASE, default_source="hub", sources=("hub", "s3"), roots=())
 OPENAI = OpenAI(
     base_model=BASE,
-    adapters=AdapterNames(base_model=BASE, default_source="hub", sources=("hub", "s3"), roots=()),
+    adapters=NAMES,
     max_stop_sequences=4,
     max_choices=8,
     allow_chat_template=True,
+)
+LORAX = Lorax(
+    base_model=BASE,
+    adapters=NAMES,
+    max_stop_sequences=4,
+    max_best_of=8,
+    compute_type=lambda: "cpu",
 )
 
 
@@ -126,13 +144,61 @@ COMPLETION = BOTH | {
     "best_of": honoured("ranked by the mean log-probability", 3),
     "suffix": refused("models that fill in are not served", "x"),
 }
+LORAX_PARAMETERS = {
+    "adapter_id": honoured("empty or the base model's id is the base", "o/a"),
+    "adapter_source": honoured("where the adapter is", "s3", adapter_id="bucket/a"),
+    "merged_adapters": honoured("as LoRAX's, with cat", MERGE),
+    "api_token": honoured("shown to the adapter's source", "t", adapter_id="o/a"),
+    "best_of": honoured("ranked by the mean log-probability", 2, do_sample=True),
+    "temperature": honoured("0 is greedy", 0.5),
+    "repetition_penalty": honoured("over prompt and output", 1.5),
+    "frequency_penalty": honoured("over the output, as OpenAI counts", 1),
+    "presence_penalty": honoured("over the output, as OpenAI counts", 1),
+    "top_k": honoured("turns sampling on", 5),
+    "top_p": honoured("turns sampling on, if below 1", 0.5),
+    "typical_p": honoured("turns sampling on", 0.5),
+    "min_p": honoured("ours; turns sampling on", 0.1),
+    "do_sample": honoured("turns sampling on", True),
+    "max_new_tokens": honoured("the length", 5),
+    "ignore_eos_token": honoured("goes on after it", True),
+    "ignore_eos": honoured("vLLM's name of it", True),
+    "return_full_text": honoured("the inputs come first", True),
+    "stop": honoured("stays in the text, as LoRAX's and TGI's does", ["x"]),
+    "truncate": honoured("keeps the last tokens", 5),
+    "details": honoured("tokens, counts, reason", True),
+    "decoder_input_details": honoured("the prompt's tokens with log-probabilities", True),
+    "return_k_alternatives": honoured("up to 20, within each token", 2, details=True),
+    "top_n_tokens": honoured("TGI's: the same, beside the tokens", 2, details=True),
+    "apply_chat_template": honoured("the inputs are one message of a user", True),
+    "seed": honoured("the same again", 5),
+    "watermark": honoured("Kirchenbauer's, found with the key of the settings", True),
+    "response_format": honoured("LoRAX's, OpenAI's and TGI's", {"type": "json_object"}),
+    "grammar": honoured("TGI's response_format", {"type": "regex", "value": "a"}),
+}
 
 
 class Route(NamedTuple):
+    """parameters  whether the fields are those of `parameters` in the body"""
+
     request: type[msgspec.Struct]
     understand: Callable[[bytes, Authorization | None], Call | HttpReply]
     least: dict[str, Any]
     fields: dict[str, Field]
+    parameters: bool = False
+
+    def body(self, changes: dict[str, Any]) -> bytes:
+        # none that is drawn, so that two are alike; none that best_of does not allow
+        given = changes if {"seed", "best_of"} & changes.keys() else {"seed": 1, **changes}
+        if self.parameters:
+            return json.dumps({**self.least, "parameters": given}).encode()
+        return json.dumps({**self.least, **given}).encode()
+
+    def refuses(self, outcome: Call | HttpReply, name: str) -> bool:
+        assert isinstance(outcome, HttpReply)
+        error = json_of(outcome)["error"]
+        if self.parameters:
+            return outcome.status == 422 and f"`{name}` " in str(error)
+        return outcome.status == 400 and bool(error["param"] == name)
 
 
 ROUTES = {
@@ -145,7 +211,22 @@ ROUTES = {
     "/v1/completions": Route(
         CompletionRequest, OPENAI.completion, {"model": "", "prompt": "Hi"}, COMPLETION
     ),
+    **{
+        path: Route(Parameters, understand, {"inputs": "Hi"}, LORAX_PARAMETERS, parameters=True)
+        for path, understand in (
+            ("/", LORAX.compatible),  # and /invocations
+            ("/generate", LORAX.generate),
+            ("/generate_stream", LORAX.generate_stream),
+        )
+    },
 }
+# What only replies in one piece have: refused in streams.
+WHOLE = ("best_of", "decoder_input_details")
+# The fields of bodies that hold little else, for which the tests of their routes speak.
+OTHER_FIELDS: list[tuple[type[msgspec.Struct], Sequence[str]]] = [
+    (Request, ("inputs", "parameters", "stream")),
+    (Inputs, ("inputs", "add_special_tokens")),
+]
 CASES = [
     pytest.param(route, name, field, id=f"{path} {name}")
     for path, route in ROUTES.items()
@@ -165,11 +246,13 @@ def test_every_field_of_a_route_is_in_the_table(path: str) -> None:
 def test_what_the_table_says_of_a_field_is_so(route: Route, name: str, field: Field) -> None:
     without = asked(route, field.beside)
     outcome = understood(route, {**field.beside, name: field.example})
+    if route.understand == LORAX.generate_stream and (name in WHOLE or field.what == "refused"):
+        assert isinstance(outcome, HttpReply)
+        assert f"`{name}` " in outcome.body.decode()
+        return
     match field.what:
         case "refused":
-            assert isinstance(outcome, HttpReply)
-            assert outcome.status == 400
-            assert json_of(outcome)["error"]["param"] == name
+            assert route.refuses(outcome, name)
         case "honoured":
             assert outlined(outcome) != without
         case "ignored":
@@ -177,15 +260,26 @@ def test_what_the_table_says_of_a_field_is_so(route: Route, name: str, field: Fi
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_a_field_that_no_route_knows_is_refused(path: str) -> None:
-    outcome = understood(ROUTES[path], {"no_such_field": 1})
-    assert isinstance(outcome, HttpReply)
-    assert json_of(outcome)["error"]["param"] == "no_such_field"
+def test_a_field_that_no_route_knows_is_refused_by_openais_and_ignored_by_loraxs(
+    path: str,
+) -> None:
+    route = ROUTES[path]
+    outcome = understood(route, {"no_such_field": 1})
+    if route.parameters:
+        assert outlined(outcome) == asked(route, {})
+    else:
+        assert route.refuses(outcome, "no_such_field")
+
+
+@pytest.mark.parametrize(("request_type", "names"), OTHER_FIELDS)
+def test_other_bodies_have_no_other_fields(
+    request_type: type[msgspec.Struct], names: Sequence[str]
+) -> None:
+    assert [field.encode_name for field in msgspec.structs.fields(request_type)] == list(names)
 
 
 def understood(route: Route, changes: dict[str, Any]) -> Call | HttpReply:
-    seed = {} if "seed" in changes else {"seed": 1}  # none that is drawn, so that two are alike
-    return route.understand(json.dumps({**route.least, **seed, **changes}).encode(), None)
+    return route.understand(route.body(changes), None)
 
 
 def asked(route: Route, changes: dict[str, Any]) -> Any:
@@ -193,25 +287,33 @@ def asked(route: Route, changes: dict[str, Any]) -> Any:
 
 
 def outlined(call: Call | HttpReply) -> Any:
-    """All that a request asks for, and how its reply is written down."""
+    """All that a request asks for, and how its reply is written down; no seed that was drawn."""
     assert isinstance(call, Call), call
-    return (call.prompt, call.others, call.streamed, written(call))
+    prompt = call.prompt
+    if prompt.choices > 1:
+        sampling = msgspec.structs.replace(prompt.sampling, seed=1)
+        prompt = msgspec.structs.replace(prompt, sampling=sampling)
+    return (prompt, call.others, call.streamed, written(call))
 
 
 def written(call: Call) -> Any:
     """A reply of one token to each choice, without what is different each time."""
-    detail = TokenDetail(1, "a", -0.5, False)
+    tops = (Alternative(1, "a", -0.5), Alternative(2, "b", -1.5))
+    top = call.prompt.logprobs.top if call.prompt.logprobs is not None else 0
+    detail = TokenDetail(1, "a", -0.5, False, tops[:top])
     usage = Usage(prompt_tokens=1, completion_tokens=1)
     pieces, end = [Piece(1, "a", (detail,))], End(1, FinishReason.EOS, usage)
     if isinstance(call.shape, ChoicesShape):
         prompts = (call.prompt, *call.others)
         choices = sum(one.choices for one in prompts)
-        told = PromptDetails(1, "Hi") if call.prompt.prompt_details else None
+        told = PromptDetails(1, "Hi", (detail,)) if call.prompt.prompt_details else None
         parts = [Part(choice, pieces, end, told) for choice in range(choices)]
         replies = [json_of(call.shape.whole(parts))]
     else:
         chunks = [one for one in streamed(call.shape, *pieces, last=end) if one != "[DONE]"]
         replies = [json_of(call.shape.whole(pieces, end)), *chunks]
     for reply in replies:
-        del reply["id"], reply["created"]
+        if isinstance(reply, dict):
+            reply.pop("id", None)
+            reply.pop("created", None)
     return replies

@@ -7,7 +7,7 @@ import pytest
 
 from frontend.adapters import AdapterNames
 from frontend.lorax import Lorax
-from pipeline.messages import AdapterKey, Prompt, Sampling
+from pipeline.messages import AdapterKey, Logprobs, Prompt, Sampling
 from tests.frontend.fakes import BASE, call_of, events, json_of, refusal_of
 
 ROUTES = Lorax(
@@ -16,6 +16,7 @@ ROUTES = Lorax(
         base_model=BASE, default_source="auto", sources=("local", "hub"), roots=()
     ),
     max_stop_sequences=4,
+    max_best_of=3,
     compute_type=lambda: "cpu+optimized",
 )
 # As lorax-client sends it.
@@ -84,6 +85,7 @@ def test_unknown_fields_are_ignored() -> None:
         ({"repetition_penalty": 1.2}, 0.0),
         ({"top_p": 1.0}, 0.0),
         ({"seed": 5}, 0.0),
+        ({"best_of": 2, "temperature": 1}, 1.0),
         ({"do_sample": True}, 1.0),
         ({"temperature": 0.7}, 0.7),
         ({"top_k": 3}, 1.0),
@@ -106,6 +108,24 @@ def test_sampling_is_on_when_something_asks_for_it(
         ({"ignore_eos_token": True}, "ignore_eos", True),
         ({"ignore_eos": True}, "ignore_eos", True),
         ({"details": True}, "token_details", True),
+        ({"details": True}, "logprobs", Logprobs()),
+        ({"decoder_input_details": True}, "token_details", True),
+        ({"decoder_input_details": True}, "prompt_details", True),
+        ({"decoder_input_details": True}, "logprobs", Logprobs(0, 0)),
+        ({"details": True, "return_k_alternatives": 3}, "logprobs", Logprobs(3)),
+        ({"details": True, "top_n_tokens": 2}, "logprobs", Logprobs(2)),
+        (
+            {"details": True, "top_n_tokens": 2, "return_k_alternatives": 3},
+            "logprobs",
+            Logprobs(3),
+        ),
+        ({"return_k_alternatives": 3}, "logprobs", None),  # nothing is told of tokens
+        ({"truncate": 7}, "truncate", 7),
+        ({"best_of": 3, "do_sample": True}, "choices", 3),
+        ({"best_of": 3, "do_sample": True}, "logprobs", Logprobs()),
+        ({"apply_chat_template": True}, "chat", [{"role": "user", "content": "Hi"}]),
+        ({"apply_chat_template": True}, "text", None),
+        ({"apply_chat_template": False}, "chat", None),
         ({"adapter_id": ""}, "adapter", None),
         ({"adapter_id": "o/x"}, "adapter", AdapterKey("hub", "o/x")),
         (
@@ -133,6 +153,7 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         "frequency_penalty": 0.5,
         "presence_penalty": -0.5,
         "seed": (1 << 64) - 1,
+        "watermark": True,
     }
     assert prompt(**numbers).sampling == Sampling(**numbers)
 
@@ -155,13 +176,20 @@ def test_the_numbers_of_sampling_are_honoured() -> None:
         ({"stop": list("abcde")}, "`stop` supports up to 4 stop sequences. Given: 5"),
         ({"stop": [""]}, "`stop` strings cannot be empty"),
         ({"inputs": ""}, "`inputs` cannot be empty"),
-        ({"best_of": 0}, "`best_of` must be > 0 and <= 1. Given: 0"),
-        ({"best_of": 2}, "`best_of` != 1 is not allowed for this endpoint"),
-        ({"truncate": 5}, "`truncate` is not supported"),
-        ({"watermark": True}, "`watermark` is not supported"),
-        ({"decoder_input_details": True}, "`decoder_input_details` is not supported"),
-        ({"return_k_alternatives": 2}, "`return_k_alternatives` is not supported"),
-        ({"apply_chat_template": True}, "`apply_chat_template` is not supported"),
+        ({"best_of": 0}, "`best_of` must be > 0 and <= 3. Given: 0"),
+        ({"best_of": 4}, "`best_of` must be > 0 and <= 3. Given: 4"),
+        ({"best_of": 2}, "you must use sampling when `best_of` is > 1"),
+        (
+            {"best_of": 2, "do_sample": True, "temperature": 0},
+            "you must use sampling when `best_of` is > 1",
+        ),
+        (
+            {"best_of": 2, "do_sample": True, "seed": 1},
+            "`seed` must not be set when `best_of` > 1",
+        ),
+        ({"return_k_alternatives": 0}, "`return_k_alternatives` must be strictly positive"),
+        ({"return_k_alternatives": 21}, "`return_k_alternatives` must be <= 20. Given: 21"),
+        ({"top_n_tokens": 21}, "`top_n_tokens` must be >= 0 and <= 20. Given: 21"),
         (
             {"response_format": {"type": "regex"}},
             "`response_format` of type `regex` needs a `value`",
@@ -202,6 +230,50 @@ def test_a_stream_has_sentences_of_its_own(parameters: dict[str, Any], sentence:
     assert events(refusal.body)[0]["error"] == f"Input validation error: {sentence}"
 
 
+def test_one_reply_at_most_is_said_in_other_words() -> None:
+    names = AdapterNames(base_model=BASE, default_source="auto", sources=("local",), roots=())
+    one = Lorax(
+        base_model=BASE,
+        adapters=names,
+        max_stop_sequences=4,
+        max_best_of=1,
+        compute_type=lambda: "cpu+optimized",
+    )
+    refusal = refusal_of(one.generate(body(best_of=2, do_sample=True), None))
+    assert "`best_of` != 1 is not allowed for this endpoint" in json_of(refusal)["error"]
+    assert call_of(one.generate(body(best_of=1), None))
+
+
+# In LoRAX's order; each is said before all that follow it.
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"best_of": 4}, "`best_of` must be > 0 and <= 3"),
+    ({"adapter_id": "a", "merged_adapters": {"ids": ["b"]}}, "at most one of `adapter_id`"),
+    ({"merged_adapters": {"ids": []}, "adapter_id": None}, "at least one adapter ID"),
+    ({"best_of": 2, "do_sample": True, "temperature": 0}, "you must use sampling"),
+    ({"temperature": -1}, "`temperature`"),
+    ({"repetition_penalty": 0}, "`repetition_penalty`"),
+    ({"frequency_penalty": 3}, "`frequency_penalty`"),
+    ({"presence_penalty": 3}, "`presence_penalty`"),
+    ({"top_p": 2}, "`top_p`"),
+    ({"typical_p": 2}, "`typical_p`"),
+    ({"top_k": 0}, "`top_k`"),
+    ({"return_k_alternatives": 0}, "`return_k_alternatives`"),
+    ({"max_new_tokens": 0}, "`max_new_tokens`"),
+    ({"stop": list("abcde")}, "`stop`"),
+    ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set"),
+    ({"inputs": ""}, "`inputs` cannot be empty"),
+    ({"adapter_id": "x", "adapter_source": "moon"}, "Invalid source"),
+]
+
+
+@pytest.mark.parametrize("first", range(len(WRONG) - 1))
+def test_of_several_things_that_are_wrong_loraxs_first_is_said(first: int) -> None:
+    wrong, sentence = WRONG[first]
+    for later, _ in WRONG[first + 1 :]:
+        refusal = refusal_of(ROUTES.generate(body(**{**later, **wrong}), None))
+        assert sentence in json_of(refusal)["error"]
+
+
 def test_another_source_fails_as_a_download_does() -> None:
     refusal = refusal_of(ROUTES.generate(body(adapter_id="x", adapter_source="moon"), None))
     assert refusal.status == 424
@@ -227,6 +299,13 @@ def test_another_source_fails_as_a_download_does() -> None:
         body(do_sample=1),
         body(seed=1.5),
         body(details="yes"),
+        body(truncate=-1),
+        body(best_of=-1),
+        body(decoder_input_details=1),
+        body(return_k_alternatives="3"),
+        body(top_n_tokens=-1),
+        body(apply_chat_template="yes"),
+        body(watermark=1),
     ],
 )
 def test_wrong_types_are_a_422_in_a_stream_too(wrong: bytes) -> None:

@@ -4,10 +4,20 @@ from typing import Any
 
 import pytest
 
+from frontend.calls import Part
 from frontend.exchange import HttpReply
+from frontend.lorax_choices import LoraxChoices
 from frontend.lorax_replies import Asked, LoraxShape, http_error, refusal
+from pipeline.choices import seed_of
 from pipeline.errors import RequestError
-from pipeline.messages import AdapterKey, FailureKind, FinishReason
+from pipeline.messages import (
+    AdapterKey,
+    Alternative,
+    FailureKind,
+    FinishReason,
+    PromptDetails,
+    TokenDetail,
+)
 from tests.frontend.fakes import end, events, json_of, piece, streamed, token
 
 TOKEN = {"id": 5, "text": "a", "logprob": -0.5, "special": False, "skipped": False}
@@ -85,9 +95,11 @@ def test_a_stream_is_an_event_per_token_and_the_last_one_has_it_all() -> None:
     ]
     told = streamed(shape(details=True, streamed=True), *pieces, last=end())
     assert len(told) == 5
-    assert told[0] == {"token": TOKEN, "generated_text": None, "details": None}
+    assert told[0] == {"index": 1, "token": TOKEN, "generated_text": None, "details": None}
+    assert [event["index"] for event in told] == [1, 2, 3, 4, 5]
     assert [event["generated_text"] for event in told] == [None] * 4 + ["abc"]
     assert told[-1] == {
+        "index": 5,
         "token": {"id": 2, "text": "</s>", "logprob": -0.5, "special": True, "skipped": False},
         "generated_text": "abc",
         "details": {
@@ -95,13 +107,14 @@ def test_a_stream_is_an_event_per_token_and_the_last_one_has_it_all() -> None:
             "prompt_tokens": 3,
             "generated_tokens": 2,
             "seed": None,
+            "input_length": 3,
         },
     }
 
 
 def test_the_details_of_a_stream_are_null_unless_asked_for() -> None:
     told = streamed(shape(streamed=True), piece("a", tokens=[token()]), last=end())
-    assert told == [{"token": TOKEN, "generated_text": "a", "details": None}]
+    assert told == [{"index": 1, "token": TOKEN, "generated_text": "a", "details": None}]
 
 
 def test_an_end_without_a_token_has_an_empty_one() -> None:
@@ -109,6 +122,85 @@ def test_an_end_without_a_token_has_an_empty_one() -> None:
     assert told[0]["token"]["text"] == ""
     assert told[0]["token"]["special"]
     assert told[0]["generated_text"] == "rest"
+
+
+LIKELY = TokenDetail(
+    5,
+    "a",
+    -0.5,
+    False,
+    (
+        Alternative(5, "a", -0.5),
+        Alternative(9, "b", -1.5),
+        Alternative(2, "<e>", -3.0, special=True),
+    ),
+)
+
+
+def test_alternatives_are_within_the_token_and_tgis_are_beside_it() -> None:
+    pieces = [piece("a", tokens=[LIKELY])]
+    alternatives = [
+        {"id": 5, "text": "a", "logprob": -0.5},
+        {"id": 9, "text": "b", "logprob": -1.5},
+    ]
+    top = [
+        {"id": 5, "text": "a", "logprob": -0.5, "special": False},
+        {"id": 9, "text": "b", "logprob": -1.5, "special": False},
+        {"id": 2, "text": "<e>", "logprob": -3.0, "special": True},
+    ]
+    loraxs = json_of(shape(details=True, alternatives=2).whole(pieces, end()))["details"]
+    assert loraxs["tokens"] == [{**TOKEN, "alternative_tokens": alternatives}]
+    assert "top_tokens" not in loraxs
+    tgis = json_of(shape(details=True, top_tokens=3).whole(pieces, end()))["details"]
+    assert tgis["tokens"] == [TOKEN]
+    assert tgis["top_tokens"] == [top]
+    [both] = streamed(shape(alternatives=2, top_tokens=3), *pieces, last=end())
+    assert both["token"]["alternative_tokens"] == alternatives
+    assert both["top_tokens"] == top
+
+
+def choice(at: int, text: str, *logprobs: float) -> Part:
+    tokens = [TokenDetail(at, text, logprob, False) for logprob in logprobs]
+    last = end(at, prompt_tokens=3, completion_tokens=len(logprobs))
+    return Part(at, [piece(text, at, tokens)], last, PROMPT)
+
+
+PROMPT = PromptDetails(
+    0, "Hi ", (TokenDetail(7, "Hi", None, False), TokenDetail(8, " ", -2.0, False))
+)
+PREFILL = [
+    {"id": 7, "text": "Hi", "logprob": None},
+    {"id": 8, "text": " ", "logprob": -2.0},
+]
+
+
+def test_the_best_is_the_likeliest_by_token_and_the_others_come_with_it() -> None:
+    """A longer reply is not worse for being longer."""
+    parts = [choice(0, "bad", -3.0), choice(1, "long", -0.5, -0.5, -0.5), choice(2, "good", -1.0)]
+    reply = LoraxChoices(shape(details=True, seed=7, full_text=True)).whole(parts)
+    [best] = [json_of(reply)]
+    assert best["generated_text"] == "Hi long"
+    assert best["details"]["generated_tokens"] == 3
+    assert best["details"]["seed"] == seed_of(7, 1)
+    assert best["details"]["prefill"] == PREFILL
+    others = best["details"]["best_of_sequences"]
+    assert [other["generated_text"] for other in others] == ["Hi good", "Hi bad"]
+    assert others[1] == {
+        "generated_text": "Hi bad",
+        "finish_reason": "eos_token",
+        "generated_tokens": 1,
+        "seed": 7,
+        "prefill": PREFILL,
+        "tokens": [{"id": 0, "text": "bad", "logprob": -3.0, "special": False, "skipped": False}],
+    }
+    assert headers_of(reply)["x-generated-tokens"] == "3"
+
+
+def test_a_prompt_is_told_of_without_other_choices() -> None:
+    reply = LoraxChoices(shape(details=True)).whole([choice(0, "a", -0.5)])
+    details = json_of(reply)["details"]
+    assert details["prefill"] == PREFILL
+    assert "best_of_sequences" not in details
 
 
 def test_the_headers_have_the_figures_in_milliseconds() -> None:

@@ -21,7 +21,13 @@ from tests.frontend.fakes import BASE, call_of, json_of, make_adapter, refusal_o
 
 TOKEN = "hf_secret"
 NAMES = AdapterNames(base_model=BASE, default_source="hub", sources=SOURCES, roots=())
-LORAX = Lorax(base_model=BASE, adapters=NAMES, max_stop_sequences=4, compute_type=lambda: "cpu")
+LORAX = Lorax(
+    base_model=BASE,
+    adapters=NAMES,
+    max_stop_sequences=4,
+    max_best_of=2,
+    compute_type=lambda: "cpu",
+)
 OPENAI = OpenAI(base_model=BASE, adapters=NAMES, max_stop_sequences=4, max_choices=8)
 
 

@@ -11,6 +11,28 @@ from pipeline.messages import AdapterKey, ProcessReady, Stats
 from pipeline.metrics import snapshot
 from tests.frontend.fakes import OTHERS, Backend, make_adapter, says, settings
 
+LORAX_FACTS = [
+    "model_id",
+    "model_sha",
+    "model_dtype",
+    "model_device_type",
+    "model_pipeline_tag",
+    "max_concurrent_requests",
+    "max_best_of",
+    "max_stop_sequences",
+    "max_input_length",
+    "max_total_tokens",
+    "waiting_served_ratio",
+    "max_batch_total_tokens",
+    "max_waiting_tokens",
+    "validation_workers",
+    "eager_prefill",
+    "version",
+    "sha",
+    "docker_label",
+    "request_logger_url",
+]
+
 pytestmark = pytest.mark.anyio
 
 
@@ -31,7 +53,7 @@ async def test_the_last_process_that_is_waited_for_makes_it_ready_once() -> None
     assert not processes.ready(ProcessReady("gpu_worker"))  # it was started again
 
 
-@pytest.mark.parametrize("route", ["/", "/health"])
+@pytest.mark.parametrize("route", ["/", "/health", "/ping"])
 async def test_it_is_healthy_from_ready_to_drain(route: str) -> None:
     starting = await Backend(ready=False).get(route)
     assert starting.status_code == 503
@@ -53,7 +75,14 @@ async def test_info_has_loraxs_facts_and_those_of_each_process() -> None:
     assert facts["max_concurrent_requests"] == 7
     assert facts["max_total_tokens"] == 512
     assert facts["max_input_length"] == 511
+    assert facts["max_best_of"] == 128
+    assert facts["max_batch_total_tokens"] == 1600
     assert facts["processes"]["gpu_worker"] == {"device": "cpu", "dtype": "float32"}
+
+
+async def test_info_has_every_field_of_loraxs() -> None:
+    facts = (await Backend().get("/info")).json()
+    assert set(LORAX_FACTS) <= facts.keys()
 
 
 async def test_info_says_what_is_known_while_others_start() -> None:

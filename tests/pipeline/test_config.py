@@ -125,6 +125,7 @@ def other_value(name: str) -> Any:
         "gpu_memory_fraction": 0.5,
         "adapter_pool_fraction": 0.5,
         "pinned_pool_fraction": 0.25,
+        "watermark_gamma": 0.25,
     }
     default = FIELDS[name].default
     if name in values:

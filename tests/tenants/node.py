@@ -129,7 +129,11 @@ class Node:
             base_model=BASE, default_source="auto", sources=SOURCES, roots=tuple(roots)
         )
         self._lorax = Lorax(
-            base_model=BASE, adapters=names, max_stop_sequences=4, compute_type=lambda: "cpu"
+            base_model=BASE,
+            adapters=names,
+            max_stop_sequences=4,
+            max_best_of=1,
+            compute_type=lambda: "cpu",
         )
         self.sources = sources
         self.loader = RealLoader(sources, remember_seconds)

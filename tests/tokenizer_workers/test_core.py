@@ -73,7 +73,7 @@ def encode(prompt: Prompt) -> Encoded:
         return Encoded(prompt.token_ids, len(prompt.token_ids) // 4, 100)
     if not prompt.text:
         raise RequestError(400, FailureKind.VALIDATION, "nothing to do")
-    ids = array("i", map(ord, prompt.text))
+    ids = array("i", map(ord, prompt.text[-(prompt.truncate or 0) :]))
     return Encoded(ids.tobytes(), len(ids), prompt.max_tokens or 100)
 
 
@@ -408,8 +408,9 @@ def test_a_prompt_whose_text_alone_is_wanted_is_told_at_once() -> None:
     worker.prompt(
         Prompt(request_id=2, arrived=1.0, token_ids=ids, text=None, prompt_details=True), now=10.5
     )
+    worker.prompt(prompt(3, "vwxy", prompt_details=True, truncate=2), now=10.5)
     told = [message for _, _, message in sent(worker) if isinstance(message, PromptDetails)]
-    assert told == [PromptDetails(1, "xy"), PromptDetails(2, "xy")]
+    assert told == [PromptDetails(1, "xy"), PromptDetails(2, "xy"), PromptDetails(3, "xy")]
 
 
 def test_the_details_of_a_cancelled_prompt_are_not_told() -> None:

@@ -27,12 +27,13 @@ def test_a_token_has_its_own_bytes_where_its_text_does_not_say_them() -> None:
 
 
 def test_alternatives_have_a_text_of_their_own() -> None:
-    row = pack(-0.5, [(0, -0.5), (3, -2.0)])
-    detail = VOCABULARY.detail(0, "a", row, 2)
+    row = pack(-0.5, [(0, -0.5), (3, -2.0), (4, -3.0)])
+    detail = VOCABULARY.detail(0, "a", row, 3)
     assert detail.logprob == -0.5
     assert detail.alternatives == (
         Alternative(0, "a", -0.5),
         Alternative(3, "\ufffd", -2.0, ACUTE[1:]),
+        Alternative(4, "<end>", -3.0, special=True),
     )
 
 

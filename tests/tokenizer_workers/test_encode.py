@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, processors
 
 from pipeline.errors import RequestError
-from pipeline.messages import FailureKind, Prompt, Sampling
+from pipeline.messages import FailureKind, Prompt, Sampling, Tokenize
 from tests.tokenizer_workers.tokenizers_for_tests import sentencepiece_like
 from tokenizer_workers.chat_template import ChatTemplate
 from tokenizer_workers.encode import Encoder
@@ -115,6 +115,59 @@ def test_prompt_and_reply_may_fill_the_context_to_the_last_token() -> None:
         "`inputs` tokens + `max_new_tokens` must be <= 20. "
         "Given: 7 `inputs` tokens and 14 `max_new_tokens`"
     )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_the_end_of_a_text_is_kept_with_what_the_tokenizer_puts_before_it(count: int) -> None:
+    """However long the text is: it may be one that could not be a prompt."""
+    for text in ("the cat sat", "the cat sat " * 40):
+        ids = tokenizer_with_bos().encode(text).ids
+        assert ids_of(encoder(), text=text, truncate=count) == [BOS, *ids[1 - count :]]
+        plain = ids_of(encoder(), text=text, truncate=count, add_special_tokens=False)
+        assert plain == ids[-count:]
+
+
+def test_the_end_of_a_text_is_its_last_token_where_there_is_room_for_one() -> None:
+    assert ids_of(encoder(), text="a cat", truncate=1) == ids_of(encoder(), text="a cat")[-1:]
+
+
+def test_a_prompt_that_is_shorter_is_kept_whole() -> None:
+    assert ids_of(encoder(), text="the cat", truncate=19) == ids_of(encoder(), text="the cat")
+
+
+def test_the_end_of_chats_and_of_token_ids_is_kept_too() -> None:
+    chat = [{"role": "user", "content": "cat"}]
+    assert ids_of(encoder(), chat=chat, truncate=2) == ids_of(encoder(), chat=chat)[-2:]
+    ids = array("i", range(5, 55)).tobytes()
+    assert ids_of(encoder(), token_ids=ids, truncate=3) == [52, 53, 54]
+
+
+@pytest.mark.parametrize("wrong", [0, 20, 1 << 31])
+def test_no_more_can_be_kept_than_a_prompt_can_have(wrong: int) -> None:
+    assert refusal(encoder(), text="cat", truncate=wrong).message == (
+        f"`truncate` must be strictly positive and less than 19. Given: {wrong}"
+    )
+
+
+def test_the_tokens_of_a_text_are_told_with_their_places_in_characters() -> None:
+    answer = encoder().tokenized(Tokenize(7, 0, "aé cat"))
+    assert (answer.question_id, answer.failure) == (7, None)
+    encoding = tokenizer_with_bos().encode("aé cat")
+    assert array("i", answer.token_ids).tolist() == encoding.ids
+    assert answer.texts == tuple(encoding.tokens)
+    spans = array("i", answer.spans).tolist()
+    assert list(zip(spans[::2], spans[1::2], strict=True)) == encoding.offsets
+    assert spans[-1] == 6
+    without = encoder().tokenized(Tokenize(7, 0, "aé cat", add_special_tokens=False))
+    assert without.texts == answer.texts[1:]
+    assert encoder().tokenized(Tokenize(8, 0, "", add_special_tokens=False)).token_ids == b""
+
+
+def test_the_tokens_of_a_text_that_is_no_prompt_are_not_told() -> None:
+    failure = encoder().tokenized(Tokenize(7, 0, "a" * 121)).failure
+    assert failure is not None
+    assert failure.kind == FailureKind.VALIDATION
+    assert "Given: 121 characters" in failure.message
 
 
 def test_an_empty_stop_string_is_refused() -> None:

@@ -28,6 +28,8 @@ from pipeline.messages import (
     Stats,
     Submit,
     ToFrontend,
+    Tokenize,
+    Tokenized,
     Tokens,
     ToScheduler,
     Usage,
@@ -132,6 +134,18 @@ def test_a_request_goes_from_prompt_to_end_and_the_worker_leaves_nothing(
     assert neighbours.next(neighbours.scheduler, Shutdown) == Shutdown("tokenizer_workers", 0)
     assert neighbours.process.wait(WAIT_SECONDS) == 0
     assert not list(neighbours.run_dir.glob("tokenizer_workers*"))
+
+
+def test_a_question_is_answered_to_the_frontend_that_asks(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start()
+    neighbours.send(Tokenize(5, 0, "The capital of France"))
+    answer = neighbours.next(neighbours.frontend, Tokenized)
+    assert answer.question_id == 5
+    encoding = tokenizer.encode("The capital of France")
+    assert array("i", answer.token_ids).tolist() == encoding.ids
+    assert answer.texts == tuple(encoding.tokens)
 
 
 def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
