@@ -291,6 +291,7 @@ class Adapters:
             self._release(adapter)
             self._needs_no_room(adapter)
             adapter.staged = None
+            adapter.in_doubt = False  # as where it has left the pool
         if not self._is_held(adapter):
             self._send(ForgetAdapter(adapter.key))
 

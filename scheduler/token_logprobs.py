@@ -28,5 +28,7 @@ class StepLogprobs:
             if sequence.ended:
                 continue
             fresh = chunk[sequence.scored - start :]
+            if not fresh:
+                continue
             sequence.scored = start + count
             self.prompts.append((sequence.worker, PromptLogprobs(sequence.request_id, fresh)))

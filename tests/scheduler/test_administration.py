@@ -466,3 +466,19 @@ def test_what_no_request_can_name_is_not_told_and_a_revision_is() -> None:
         world.submit(adapter=adapter)
         world.run()
     assert world.core.adapter_names() == (["org/x@v1"], [])
+
+
+def test_an_adapter_that_is_unloaded_while_it_is_in_doubt_and_without_room_comes_anew() -> None:
+    world = World(pool_bytes=512, adapter_revalidate_seconds=0)
+    loaded(world)
+    loaded(world, name="other", adapter="b")  # in its place
+    running = world.submit(adapter="b", max_tokens=30)
+    world.stage()
+    waiting = [world.submit(adapter="a")]
+    world.stage()  # the one that runs has the pool
+    waiting.append(world.submit(adapter="a"))  # has its source asked, and waits for the answer
+    command = world.command(UNLOAD, name="sql")
+    world.take_names()
+    world.run()
+    assert world.done[command] is None
+    assert {world.finished[one].reason for one in (running, *waiting)} == {FinishReason.LENGTH}

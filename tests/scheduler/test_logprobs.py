@@ -68,9 +68,11 @@ def test_produced_tokens_alone_leave_the_cache_in_use() -> None:
     assert world.finished[request].usage.cached_tokens == 12
 
 
-def test_a_preempted_prompt_is_scored_from_where_it_was() -> None:
-    """The older one grows into the blocks of the latest, whose prompt is half done."""
-    world = World(kv_blocks=10, step_tokens=3)
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_preempted_prompt_is_told_once(prefix_cache: bool) -> None:
+    """The older one grows into the blocks of the latest, whose prompt is half done. Without a
+    prefix cache that starts anew, in chunks that it has told already."""
+    world = World(kv_blocks=10, step_tokens=3, prefix_cache=prefix_cache)
     older = world.submit([7], max_tokens=30)
     for _ in range(13):
         world.step()
