@@ -287,7 +287,8 @@ def gaps(bench: Bench, host_rate: float, file_rate: float, files: int) -> None:
     bench.touch([*staged, *streams])
     idle = staged[-(pool // 4) :]  # resident at first, and not of a stream
     in_turn = cycle(staged)
-    unseen = cycle(range(staged.stop, files))
+    half = (staged.stop + files) // 2  # so that the first to be loaded leave some to be asked for
+    unseen, unasked = cycle(range(staged.stop, half)), cycle(range(half, files))
 
     def ask(adapters: Iterator[int]) -> Callable[[], object]:
         return lambda: engine.submit(bench.request(next(adapters), 16, 1))
@@ -303,7 +304,7 @@ def gaps(bench: Bench, host_rate: float, file_rate: float, files: int) -> None:
         Disturbance("loads from the host arena", host_rate, load(in_turn)),
         Disturbance("requests, from the host arena", host_rate, ask(in_turn)),
         Disturbance("loads from the page cache", file_rate, load(unseen)),
-        Disturbance("requests, from the page cache", file_rate, ask(unseen)),
+        Disturbance("requests, from the page cache", file_rate, ask(unasked)),
         quiet,
     ):
         if disturbance.name == "requests, resident":
