@@ -45,6 +45,7 @@ COUNTS = (1, 8, 32, 128, 512, 1000, 2000)
 POPULARITIES = ("uniform", "power law")
 WEIGHTS = "adapter_model.safetensors"
 SETTLE_SECONDS = 120.0
+MARGIN = 2  # adapters
 
 
 class Tiers(NamedTuple):
@@ -56,8 +57,9 @@ class Tiers(NamedTuple):
 
     @property
     def arena(self) -> int:
-        """Adapters that the arena holds: those of the pool, the samples beside it, a margin."""
-        return self.pool + self.samples + 2 * self.together
+        """Adapters that the arena holds: those of the pool, the samples beside it, a margin for
+        those that are asked for at once and for those whose leases come back late."""
+        return self.pool + self.samples + 2 * self.together + MARGIN
 
     @property
     def total(self) -> int:
