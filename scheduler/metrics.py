@@ -57,21 +57,6 @@ class FiguresCollector(Collector):
             yield GaugeMetricFamily(f"loradex_{name}", text, getattr(figures, name))
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"loradex_{name}", text, getattr(figures, name))
-        yield from _for_routers(figures)
-
-
-def _for_routers(figures: Figures) -> Iterable[Metric]:
-    """The same by vLLM's names, from which routers choose a server."""
-    used = figures.kv_blocks_used / max(figures.kv_blocks_total, 1)
-    yield GaugeMetricFamily(
-        "vllm:num_requests_running", GAUGES["requests_running"], figures.requests_running
-    )
-    yield GaugeMetricFamily(
-        "vllm:num_requests_waiting", GAUGES["requests_waiting"], figures.requests_waiting
-    )
-    yield GaugeMetricFamily(
-        "vllm:kv_cache_usage_perc", "Share of the KV blocks that running sequences hold", used
-    )
 
 
 class TimingsCollector(Collector):

@@ -41,16 +41,11 @@ def test_the_figures_are_what_they_are_when_they_are_read() -> None:
     world.stage(nbytes=512)
     running = {sample: value for *_, samples in snapshot(registry) for sample, _, value in samples}
     world.run()
-    world.submit(adapter="missing")
     over = {sample: value for *_, samples in snapshot(registry) for sample, _, value in samples}
-    assert over["vllm:num_requests_waiting"] == 1
     assert running["loradex_requests_running"] == 1
     assert running["loradex_kv_blocks_used"] == 1
     assert running["loradex_kv_blocks_total"] == 32
     assert running["loradex_adapter_pool_used_bytes"] == 512
-    assert running["vllm:num_requests_running"] == 1
-    assert running["vllm:kv_cache_usage_perc"] == 1 / 32
-    assert over["vllm:num_requests_running"] == over["vllm:kv_cache_usage_perc"] == 0
     assert over["loradex_requests_running"] == 0
     assert over["loradex_adapters_resident"] == 1
     assert over["loradex_tokens_generated_total"] == 5
