@@ -19,7 +19,7 @@ from frontend.administration_replies import OurReplies, Replies, SglangReplies, 
 from frontend.aliases import Aliases
 from frontend.authorization import ServerKeys, adapter_token
 from frontend.commands import Commands
-from frontend.exchange import BodyTooLarge, ClientGone, HttpReply, header, is_json, read_body
+from frontend.exchange import ClientGone, HttpReply, Unreadable, read_json
 from frontend.parameters import MalformedJson, ParameterError, decode
 from frontend.processes import Processes
 from pipeline.config import Settings
@@ -191,13 +191,11 @@ class Administration:
 
     async def _read(self, request: Request) -> bytes:
         """Raises RequestError and ClientGone."""
-        if not is_json(header(request.scope, b"content-type")):
-            raise _error(415, "Expected a Content-Type of application/json")
         limit = self._settings.max_body_bytes
         try:
-            return await read_body(request.scope, request.receive, limit)
-        except BodyTooLarge as error:
-            raise _error(413, f"The body is larger than {limit} bytes") from error
+            return await read_json(request.scope, request.receive, limit)
+        except Unreadable as error:
+            raise _error(error.status, error.sentence) from error
 
     # --- what is asked for ---
 

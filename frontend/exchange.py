@@ -34,8 +34,20 @@ class ClientGone(Exception):
     """The client closed the connection; nobody reads what is sent from now on."""
 
 
+CLIENT_GONE = 499  # a status for metrics; nobody is sent it
+
+
 class BodyTooLarge(Exception):
     """More bytes than max_body_bytes; no more than that was kept of it."""
+
+
+class Unreadable(Exception):
+    """The status and the sentence of the reply to a request whose body is not read."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
+        self.sentence = sentence
 
 
 def header(scope: Scope, name: bytes) -> str | None:
@@ -73,6 +85,16 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise BodyTooLarge
         if not message.get("more_body", False):
             return bytes(body)
+
+
+async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body, if its type is JSON. Raises Unreadable and ClientGone."""
+    if not is_json(header(scope, b"content-type")):
+        raise Unreadable(415, "Expected a Content-Type of application/json")
+    try:
+        return await read_body(scope, receive, limit)
+    except BodyTooLarge as error:
+        raise Unreadable(413, f"The body is larger than {limit} bytes") from error
 
 
 async def wait_until_gone(receive: Receive) -> None:

@@ -16,13 +16,12 @@ from frontend.authorization import Authorization, ServerKeys
 from frontend.calls import Call, ChoicesShape, Dialect, Part, end_of_all, error_of
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
+    CLIENT_GONE,
     RETRY,
-    BodyTooLarge,
     ClientGone,
     HttpReply,
-    header,
-    is_json,
-    read_body,
+    Unreadable,
+    read_json,
     wait_until_gone,
 )
 from frontend.processes import Processes
@@ -30,8 +29,6 @@ from frontend.sse import HEADERS, KEEP_ALIVE
 from frontend.tracing import RequestSpan, Tracing
 from pipeline.errors import RequestError
 from pipeline.messages import End
-
-CLIENT_GONE = 499  # in metrics; nobody is sent it
 
 log = logging.getLogger(__name__)
 
@@ -110,14 +107,10 @@ class Generate:
             self._downstream.admission.check_open()
         except RequestError as error:
             return self._dialect.refusal(error)
-        if not is_json(header(scope, b"content-type")):
-            return self._dialect.http_error(415, "Expected a Content-Type of application/json")
         try:
-            body = await read_body(scope, receive, self._max_body_bytes)
-        except BodyTooLarge:
-            return self._dialect.http_error(
-                413, f"The body is larger than {self._max_body_bytes} bytes"
-            )
+            body = await read_json(scope, receive, self._max_body_bytes)
+        except Unreadable as error:
+            return self._dialect.http_error(error.status, error.sentence)
         return self._understand(body, self._keys.read(scope))
 
     async def _answer(

@@ -7,22 +7,13 @@ from starlette.requests import Request
 
 from frontend import lorax_replies, metrics
 from frontend.downstream import Downstream
-from frontend.exchange import (
-    RETRY,
-    BodyTooLarge,
-    ClientGone,
-    HttpReply,
-    header,
-    is_json,
-    read_body,
-)
+from frontend.exchange import CLIENT_GONE, RETRY, ClientGone, HttpReply, Unreadable, read_json
 from frontend.parameters import MalformedJson, decode
 from frontend.processes import Processes
 from pipeline.errors import RequestError
 from pipeline.messages import Tokenized
 
 PATH = "/tokenize"
-CLIENT_GONE = 499  # in metrics; nobody is sent it
 
 
 class Inputs(msgspec.Struct, kw_only=True):
@@ -59,14 +50,10 @@ class Tokenization:
         if missing:
             sentence = f"The server is starting; not ready yet: {', '.join(missing)}"
             return lorax_replies.http_error(503, sentence, RETRY)
-        if not is_json(header(request.scope, b"content-type")):
-            return lorax_replies.http_error(415, "Expected a Content-Type of application/json")
         try:
-            body = await read_body(request.scope, request.receive, self._max_body_bytes)
-        except BodyTooLarge:
-            return lorax_replies.http_error(
-                413, f"The body is larger than {self._max_body_bytes} bytes"
-            )
+            body = await read_json(request.scope, request.receive, self._max_body_bytes)
+        except Unreadable as error:
+            return lorax_replies.http_error(error.status, error.sentence)
         try:
             given = decode(self._inputs, body)
         except MalformedJson as error:

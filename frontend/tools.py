@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from frontend.parameters import ParameterError
+from frontend.parameters import ParameterError, check_travels
 from frontend.structured import json_schema
 from pipeline.messages import ToolChoice, Tools
 
@@ -80,6 +80,7 @@ def read_tools(
 
 def _plain(function: Function) -> dict[str, Any]:
     if function.parameters is not None:
+        check_travels("tools", function.parameters)
         json_schema(function.parameters, "tools")
     plain = msgspec.to_builtins(function)
     return {name: value for name, value in plain.items() if value is not None}

@@ -79,6 +79,16 @@ def test_what_cannot_be_called_is_refused_by_name(given: dict[str, Any], paramet
     assert error_of_chat(**given)["param"] == parameter
 
 
+@pytest.mark.parametrize("value", [1 << 70, [[]]], ids=["integer", "nested"])
+def test_parameters_that_no_message_can_carry_are_refused(value: Any) -> None:
+    if isinstance(value, list):
+        for _ in range(900):
+            value = [value]
+    function = {"name": "f", "parameters": {"const": value}}
+    error = error_of_chat(tools=[{"type": "function", "function": function}])
+    assert error["param"] == "tools"
+
+
 def test_a_reply_may_be_a_call_or_match_a_schema() -> None:
     prompt = chat_prompt(tools=[ADD], response_format={"type": "json_object"})
     assert prompt.grammar == Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object"}')
