@@ -1,0 +1,87 @@
+"""Embeddings: the hidden states of prompts after the final norm, pooled into one vector each."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gpu_worker.batch import PooledChunk
+from gpu_worker.device import to_device
+from gpu_worker.layers.linear import Linear
+from pipeline.messages import Pooling, PoolingKind
+
+NAN = float("nan")
+
+
+class Means:
+    """The sums over the tokens so far of rows whose mean is wanted and whose prompts come in
+    several chunks: float32[hidden] each, on the device. They are dropped with their rows."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tensor] = {}
+
+    def forget(self, rows: Sequence[int]) -> None:
+        if self._sums:
+            for row in rows:
+                self._sums.pop(row, None)
+
+    def add(self, row: int, states: Tensor, *, is_last: bool) -> Tensor:
+        """The sum with that of [tokens, hidden] added; after the last it is kept no longer."""
+        added = states.sum(0, dtype=torch.float32)
+        before = self._sums.pop(row, None)
+        if before is not None:
+            added += before
+        if not is_last:
+            self._sums[row] = added
+        return added
+
+
+class StepEmbeddings:
+    """Those of one step, which takes them out of its hidden states.
+
+    pooling  by row
+    lengths  tokens of each prompt, by row
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[PooledChunk],
+        *,
+        pooling: Mapping[int, Pooling],
+        lengths: Mapping[int, int],
+        means: Means,
+    ) -> None:
+        self._chunks = chunks
+        self._pooling = pooling
+        self._lengths = lengths
+        self._means = means
+        self.embeddings: Tensor | None = None  # float32[n, hidden] of the last chunks, once taken
+
+    def take(self, hidden: Tensor, lm_head: Linear) -> None:
+        """[tokens, hidden] of the step."""
+        pooled = [self._pooled(chunk, hidden) for chunk in self._chunks]
+        vectors = [
+            (vector, self._pooling[chunk.row].normalize)
+            for chunk, vector in zip(self._chunks, pooled, strict=True)
+            if vector is not None and chunk.is_last
+        ]
+        if not vectors:
+            return
+        embeddings = torch.stack([vector for vector, _ in vectors])
+        units = F.normalize(embeddings, dim=-1)
+        wanted = to_device(np.array([normalize for _, normalize in vectors]), hidden.device)
+        made = torch.where(wanted[:, None], units, embeddings)
+        finite = embeddings.isfinite().all(-1, keepdim=True)
+        self.embeddings = made.masked_fill(~finite, NAN)
+
+    def _pooled(self, chunk: PooledChunk, hidden: Tensor) -> Tensor | None:
+        """float32[hidden] of a last chunk; of another there is nothing to be had yet."""
+        states = hidden[chunk.first : chunk.first + chunk.tokens]
+        match self._pooling[chunk.row].kind:
+            case PoolingKind.LAST:
+                return states[-1].float() if chunk.is_last else None
+            case PoolingKind.MEAN:
+                total = self._means.add(chunk.row, states, is_last=chunk.is_last)
+                return total / self._lengths[chunk.row]
