@@ -87,7 +87,9 @@ def _sampled(
     of_decode[decode_order] = last[: len(decode)]
     of_chunk = np.empty_like(chunk_order)
     of_chunk[chunk_order] = last[len(decode) :]
-    ending = _is_last(chunks, rows) & ~rows.embedded[chunks[:, 0]]
+    ending = _is_last(chunks, rows)
+    if rows.pooling:
+        ending &= ~rows.embedded[chunks[:, 0]]
     return (
         np.concatenate((of_decode, of_chunk[ending])),
         np.concatenate((decode, chunks[ending, 0])),
@@ -111,9 +113,9 @@ def _scored(chunk_order: Ints, first: Ints, chunks: Ints, rows: RowTable) -> Int
 
 def _pooled(chunk_order: Ints, first: Ints, chunks: Ints, rows: RowTable) -> list[PooledChunk]:
     """first[i] is the first token of the i-th chunk of the batch."""
-    embedded = rows.embedded[chunks[:, 0]]
-    if not embedded.any():
+    if not rows.pooling:
         return []
+    embedded = rows.embedded[chunks[:, 0]]
     first_of = np.empty_like(first)
     first_of[chunk_order] = first
     is_last = _is_last(chunks, rows)

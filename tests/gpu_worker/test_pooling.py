@@ -1,5 +1,6 @@
 """Embeddings against transformers and PEFT, in any chunks and whoever shares the step."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
@@ -54,6 +57,9 @@ def of_adapter(model: PeftModel, name: str, tokens: Sequence[int], pooling: Pool
 
 def embeddings(done: StepDone, count: int) -> Tensor:
     """[count, hidden]"""
+    if count == 0:
+        assert done.embeddings == b""
+        return torch.empty(0, 0)
     return torch.from_numpy(np.frombuffer(done.embeddings, np.float32).copy()).view(count, -1)
 
 
@@ -93,11 +99,11 @@ def test_of_several_adapters_in_one_step(
     driver.step(prefill=[(2, 6)])
     done = driver.step(prefill=[(2, 7), (4, 1), (3, 15), (0, 11), (1, 7)])
     assert done.tokens.keys() == {3}
-    for given, row in zip(embeddings(done.done, 4), (2, 4, 0, 1), strict=True):
+    for one, row in zip(embeddings(done.done, 4), (2, 4, 0, 1), strict=True):
         if slots[row] < 0:
-            check(given, of_body(llama_body, tokens[row], kinds[row]))
+            check(one, of_body(llama_body, tokens[row], kinds[row]))
         else:
-            check(given, of_adapter(peft_llama, names[slots[row]], tokens[row], kinds[row]))
+            check(one, of_adapter(peft_llama, names[slots[row]], tokens[row], kinds[row]))
 
 
 def test_the_last_state_after_a_cached_prefix_is_the_same(
@@ -129,6 +135,36 @@ def test_a_row_that_is_given_again_begins_with_nothing(
     after = driver.prefill_all([0])
     assert after.done.embeddings == b""
     assert after.tokens.keys() == {0}
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32))
+def test_in_any_schedule(seed: int, worker: Worker, llama_body: PreTrainedModel) -> None:
+    """Rows go on at random, in any order and any chunks, beside one that decodes."""
+    choose = random.Random(seed)
+    driver = Driver(worker)
+    poolings: list[Pooling | None] = [*choose.sample(EVERY, 4), None]
+    tokens = [prompt(seed + row, choose.randint(1, 20)) for row in range(len(poolings))]
+    for row, pooling in enumerate(poolings):
+        driver.add(row, tokens[row], pooling=pooling)
+    fed = dict.fromkeys(range(len(poolings)), 0)
+    while fed:
+        rows = choose.sample(sorted(fed), choose.randint(1, len(fed)))
+        chunks = [(row, choose.randint(1, len(tokens[row]) - fed[row])) for row in rows]
+        done = driver.step(decode=[4] if 4 not in fed else [], prefill=chunks).done
+        for row, count in chunks:
+            fed[row] += count
+        ended = [row for row in rows if fed[row] == len(tokens[row])]
+        embedded = [(row, pooling) for row in ended if (pooling := poolings[row]) is not None]
+        for one, (row, pooling) in zip(embeddings(done, len(embedded)), embedded, strict=True):
+            check(one, of_body(llama_body, tokens[row], pooling))
+        for row in ended:
+            del fed[row]
+    for row in range(len(poolings)):
+        driver.free(row)
+    driver.step()
 
 
 @pytest.mark.parametrize("pooling", EVERY)
