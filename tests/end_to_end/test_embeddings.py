@@ -4,7 +4,7 @@ The server prefills in chunks of 13 tokens, so that the longer texts of these te
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,6 @@ def server(serve: Callable[..., Server], adapter_root: Path) -> Server:
         rows=16,
         max_total_tokens=CONTEXT,
     )
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="EMPTY", max_retries=0) as client:
-        yield client
 
 
 def ids_of(oracle: Oracle, text: str) -> list[int]:

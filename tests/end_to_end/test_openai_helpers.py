@@ -2,9 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +11,6 @@ import openai
 import pydantic
 import pytest
 
-from tests.end_to_end import tiny
 from tests.end_to_end.server import Server, eventually
 
 HI: Any = [{"role": "user", "content": "Hi"}]
@@ -57,20 +55,8 @@ CALLED: Any = {
 
 
 @pytest.fixture(scope="module")
-def server(
-    serve: Callable[..., Server], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Server:
-    folder = tmp_path_factory.mktemp("tiny")
-    model = tiny.make_model(folder / "model", model_folder)
-    for seed, name in enumerate(("good", "better"), start=1):
-        tiny.make_adapter(folder / "root" / name, model, seed)
-    return serve(model_folder=model, adapter_root=folder / "root", dtype="float32", rows=8)
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="EMPTY", max_retries=0) as client:
-        yield client
+def server(serve_tiny: Callable[..., Server]) -> Server:
+    return serve_tiny("good", "better", rows=8)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -3,19 +3,17 @@
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import httpx
 import jsonschema
 import lorax
 import openai
-import pydantic
 import pytest
 
-from tests.end_to_end import tiny
 from tests.end_to_end.server import Server
+from tests.end_to_end.weather import TOOL, Weather
 from tests.frontend.fakes import events
 
 SCHEMA = {
@@ -32,30 +30,9 @@ HI: Any = [{"role": "user", "content": "Hi"}]
 MODELS = ["", "good"]
 
 
-class Weather(pydantic.BaseModel):
-    """How the weather is."""
-
-    unit: Literal["c", "f"]
-    day: int = pydantic.Field(ge=0, le=6)
-
-
-TOOL = openai.pydantic_function_tool(Weather)
-
-
 @pytest.fixture(scope="module")
-def server(
-    serve: Callable[..., Server], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Server:
-    folder = tmp_path_factory.mktemp("tiny")
-    model = tiny.make_model(folder / "model", model_folder)
-    tiny.make_adapter(folder / "root" / "good", model, 1)
-    return serve(model_folder=model, adapter_root=folder / "root", dtype="float32", rows=8)
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="EMPTY", max_retries=0) as client:
-        yield client
+def server(serve_tiny: Callable[..., Server]) -> Server:
+    return serve_tiny("good", rows=8)
 
 
 def called(calls: Any) -> None:
