@@ -243,10 +243,11 @@ class Downstream:
             yield reply
         finally:
             reply.close()
+            unsent = {prompt.request_id for prompt in left}
             for stream in reply.streams:
                 self._streams.close(stream.request_id)
                 del self._worker_of[stream.request_id]
-                if not stream.ended:
+                if not (stream.ended or stream.request_id in unsent):
                     self._send("tokenizer_workers", Cancel(stream.request_id), worker)
             self.aliases.ended(first.request_id)
 

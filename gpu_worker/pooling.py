@@ -61,27 +61,30 @@ class StepEmbeddings:
 
     def take(self, hidden: Tensor, lm_head: Linear) -> None:
         """[tokens, hidden] of the step."""
-        pooled = [self._pooled(chunk, hidden) for chunk in self._chunks]
-        vectors = [
-            (vector, self._pooling[chunk.row].normalize)
-            for chunk, vector in zip(self._chunks, pooled, strict=True)
-            if vector is not None and chunk.is_last
-        ]
-        if not vectors:
+        sums = [self._sum(chunk, hidden) for chunk in self._chunks]
+        last = [chunk.row for chunk in self._chunks if chunk.is_last]
+        if not last:
             return
-        embeddings = torch.stack([vector for vector, _ in vectors])
+        counts = np.array([self._states(row) for row in last], np.float32)
+        normalized = np.array([self._pooling[row].normalize for row in last])
+        embeddings = torch.stack([one for one in sums if one is not None])
+        embeddings /= to_device(counts, hidden.device)[:, None]
         units = F.normalize(embeddings, dim=-1)
-        wanted = to_device(np.array([normalize for _, normalize in vectors]), hidden.device)
-        made = torch.where(wanted[:, None], units, embeddings)
+        made = torch.where(to_device(normalized, hidden.device)[:, None], units, embeddings)
         finite = embeddings.isfinite().all(-1, keepdim=True)
         self.embeddings = made.masked_fill(~finite, NAN)
 
-    def _pooled(self, chunk: PooledChunk, hidden: Tensor) -> Tensor | None:
+    def _sum(self, chunk: PooledChunk, hidden: Tensor) -> Tensor | None:
         """float32[hidden] of a last chunk; of another there is nothing to be had yet."""
         states = hidden[chunk.first : chunk.first + chunk.tokens]
+        total = None
         match self._pooling[chunk.row].kind:
             case PoolingKind.LAST:
-                return states[-1].float() if chunk.is_last else None
+                total = states[-1].float()
             case PoolingKind.MEAN:
                 total = self._means.add(chunk.row, states, is_last=chunk.is_last)
-                return total / self._lengths[chunk.row]
+        return total if chunk.is_last else None
+
+    def _states(self, row: int) -> int:
+        """How many its sum is of."""
+        return self._lengths[row] if self._pooling[row].kind is PoolingKind.MEAN else 1

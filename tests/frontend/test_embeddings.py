@@ -193,6 +193,16 @@ async def test_a_client_that_goes_takes_what_runs_with_it() -> None:
     assert backend.downstream.admission.in_flight == 0
 
 
+async def test_what_was_not_sent_is_neither_sent_nor_cancelled_when_one_has_failed() -> None:
+    backend = Backend(fails_at("1"), max_tenant_waiting=2)
+    reply = await backend.post(OPENAI, {"model": "", "input": [*"0123456789"]})
+    assert reply.json()["error"]["param"] == "input[1]"
+    assert len(backend.prompts()) < 10
+    ended = {one.request_id for one in backend.prompts()}
+    assert set(backend.cancelled()) <= ended
+    assert backend.downstream.admission.in_flight == 0
+
+
 async def test_others_have_their_turns_while_a_long_reply_is_sent() -> None:
     """Each embedding is written down as it is sent."""
     backend = Backend(embeds)
