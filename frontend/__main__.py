@@ -5,6 +5,7 @@ It is where the end of everything begins: SIGTERM drains it, and Shutdown flows 
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from starlette.applications import Starlette
 
 from frontend.app import make_administration, make_app
 from frontend.commands import Commands
+from frontend.connections import Connection
 from frontend.downstream import Downstream
 from frontend.processes import Processes
 from frontend.tracing import make_tracing
@@ -137,7 +139,7 @@ async def serve(
     beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
-    server = Server(server_config(app))
+    server = Server(server_config(app, settings.request_seconds))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     log.info("event=draining in_flight=%d", downstream.admission.in_flight)
@@ -199,10 +201,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def server_config(app: Starlette) -> uvicorn.Config:
+def server_config(app: Starlette, request_seconds: float) -> uvicorn.Config:
+    connection = functools.partial(Connection, request_seconds=request_seconds)
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=connection,  # type: ignore[arg-type]  # it is called as the class would be
         ws="none",
         lifespan="off",
         log_config=None,

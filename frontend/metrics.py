@@ -16,6 +16,12 @@ REQUESTS = Counter(
     ("route", "status"),
     registry=REGISTRY,
 )
+REFUSED_CONNECTIONS = Counter(
+    "loradex_refused_connections",
+    "Connections closed on a request that was too slow (408) or had too large a head (431)",
+    ("status",),
+    registry=REGISTRY,
+)
 FAILURES = Counter(
     "loradex_request_failures",
     "Accepted requests that failed, in a stream too",

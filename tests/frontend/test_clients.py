@@ -2,7 +2,6 @@
 
 import asyncio
 import socket
-import threading
 from collections.abc import Iterator
 
 import httpx
@@ -10,38 +9,12 @@ import lorax
 import openai
 import pytest
 
-from frontend.__main__ import Server, listen, server_config
 from pipeline.messages import Cancel, FailureKind, FinishReason, Prompt
-from tests.frontend.fakes import Backend, fails, failure, says, settings, silence
+from tests.frontend.fakes import fails, failure, says, silence
+from tests.frontend.running import Running
 
 # lorax-client is written for an older pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")
-
-
-class Running:
-    """A server in a thread of its own, with everything behind it faked."""
-
-    def __init__(self) -> None:
-        listener = listen(settings(port=0))
-        self.port = int(listener.getsockname()[1])
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.backend: Backend
-        self._server: Server
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(listener),))
-        self._made = threading.Event()
-        self._thread.start()
-        assert self._made.wait(10)
-
-    async def _serve(self, listener: socket.socket) -> None:
-        self.backend = Backend(max_body_bytes=10_000)
-        self._server = Server(server_config(self.backend.app))
-        self._made.set()
-        await self._server.serve(sockets=[listener])
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
 
 
 @pytest.fixture(scope="module")
