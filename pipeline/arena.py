@@ -27,7 +27,10 @@ def create(path: Path, nbytes: int) -> mmap.mmap:
     It is allocated in full, so that a lack of room shows here and not as a bus error later.
     Raises ConfigError when there is no room.
     """
-    path.unlink(missing_ok=True)
+    try:
+        path.unlink(missing_ok=True)
+    except PermissionError as error:
+        raise ConfigError(f"run_dir: {path} belongs to another user; name another") from error
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from pipeline.errors import ConfigError
+from pipeline.privacy import check_roots
 
 PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -266,6 +267,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20
     )
+    request_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time that a client may take to send a request in full, seconds"),
+    ] = 30.0
     frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes")] = 1
     tokenizer_workers: Annotated[int, Meta(ge=1, le=64, description="tokenizer processes")] = 1
     drain_seconds: Annotated[
@@ -371,6 +376,7 @@ def load_settings(
     except msgspec.ValidationError as error:
         raise ConfigError(_sentence(error)) from error
     _check(settings)
+    check_roots(settings.adapter_roots(), settings.cache, environment)
     return settings
 
 

@@ -19,6 +19,7 @@ from pipeline.config import FIELDS, PREFIX, Settings, load_settings, to_environm
 from pipeline.errors import ConfigError
 from pipeline.model_config import read_model_config
 from pipeline.model_folder import model_folder
+from pipeline.privacy import keep_private
 from pipeline.process import EXIT_CONFIG, run_folder
 
 ROOT = Path(__file__).parent.parent  # where the procfile lies
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if settings.log_format == "json":
         honcho.append("--no-prefix")
     sys.stdout.flush()
+    keep_private()
     os.execve(sys.executable, honcho, environment)
 
 

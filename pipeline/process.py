@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from types import FrameType
 from pipeline.config import Settings, load_settings
 from pipeline.errors import ConfigError
 from pipeline.logs import set_up_logs
+from pipeline.privacy import PRIVATE, keep_private
 
 EXIT_CONFIG = 2
 EXIT_DEADLINE = 3
@@ -38,6 +40,7 @@ def run(
     is the one that was started, and ends with an error when another does. A count that is a
     setting is given as the function that reads it.
     """
+    keep_private()
     try:
         settings = load_settings()
         set_up_logs(process, settings.log_level, settings.log_format)
@@ -60,10 +63,11 @@ def run_folder(settings: Settings) -> Path:
     folder = settings.run_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
+        status = folder.lstat()  # a link may be somebody else's
     except OSError as error:
         raise ConfigError(f"run_dir: cannot use {folder}: {error.strerror}") from error
-    if status.st_uid != os.getuid() or status.st_mode & 0o077:
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    if not ours or status.st_mode & PRIVATE:
         raise ConfigError(f"run_dir: {folder} is not a folder of this user alone (mode 0700)")
     if len(os.fsencode(folder)) > 80:
         raise ConfigError(f"run_dir: {folder} is too long a path for sockets (80 bytes at most)")
