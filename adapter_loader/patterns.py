@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 
-MAX_KEYS = 10_000
+MAX_KEYS = 2_000  # one for each module of 250 layers
 CPU_SECONDS = 2
 CHILD_BYTES = 1 << 30  # of address space
 _PLAIN = re.compile(r"[\w.^$-]|\\[.$^-]", re.ASCII)

@@ -18,7 +18,7 @@ from adapter_loader.refusals import invalid, shown
 from adapter_loader.sources import WEIGHTS_FILE
 
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 16 << 20  # an adapter of 100 layers and 7 modules has 0.2 MB
+MAX_HEADER_BYTES = 4 << 20  # an adapter of 100 layers and 7 modules has 0.2 MB
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _Count = Annotated[int, Meta(ge=0, le=1 << 62)]

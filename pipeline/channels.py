@@ -20,6 +20,7 @@ M = TypeVar("M")
 log = logging.getLogger(__name__)
 
 PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapter_loader")
+NO_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what decoding raises
 MAX_RECEIVED = 256  # messages read before a loop looks at anything else
 
 
@@ -77,7 +78,7 @@ class Inbox(Generic[M]):
                 break
             try:
                 messages.append(self._decoder.decode(data))
-            except msgspec.DecodeError as error:
+            except NO_MESSAGE as error:
                 log.error("event=message_refused bytes=%d reason=%a", len(data), str(error))
         return messages
 
