@@ -121,7 +121,7 @@ def changed(value: Any, changes: list[Callable[[Any], None]]) -> Any:
     for change in changes:
         try:
             change(value)
-        except AttributeError:  # an entry that an earlier change made something else
+        except (AttributeError, KeyError):  # an earlier change has taken what it is about
             continue
     return value
 
