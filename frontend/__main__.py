@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -27,6 +28,7 @@ from pipeline.adapter_roots import find_local
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterList,
     AdminDone,
@@ -52,12 +54,13 @@ EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # listened on -> reache
 log = logging.getLogger(__name__)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
+    index = incarnation.index
     listener = listen(settings)
     inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend)
     outbox = Outbox(settings.run_folder())
     try:
-        uvloop.run(serve(settings, index, listener, inbox, outbox))
+        uvloop.run(serve(settings, incarnation, listener, inbox, outbox))
     finally:
         outbox.close()
         inbox.close()
@@ -86,12 +89,13 @@ def listen(settings: Settings) -> socket.socket:
 
 async def serve(
     settings: Settings,
-    index: int,
+    incarnation: Incarnation,
     listener: socket.socket,
     inbox: Inbox[ToFrontend],
     outbox: Outbox,
 ) -> None:
     """Serve until SIGTERM has come and all is drained."""
+    index = incarnation.index
     loop = asyncio.get_running_loop()
     processes = Processes(settings)
     downstream = Downstream(settings, index, outbox.send)
@@ -134,7 +138,10 @@ async def serve(
 
     asked_to_stop = _on_sigterm(loop)
     inbox.watch(loop, receive)
-    beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
+    beside = [
+        asyncio.create_task(_report_to_others(settings, index, outbox)),
+        asyncio.create_task(_live(incarnation)),
+    ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
     server = Server(server_config(app))
@@ -191,6 +198,14 @@ async def _report_to_others(settings: Settings, index: int, outbox: Outbox) -> N
             outbox.send(PROCESS, Stats(PROCESS, index, snapshot()), other)
 
 
+async def _live(incarnation: Incarnation) -> None:
+    """Give signs of life."""
+    incarnation.beat()
+    while incarnation.beat_seconds < math.inf:
+        await asyncio.sleep(incarnation.beat_seconds)
+        incarnation.beat()
+
+
 class Server(uvicorn.Server):
     """Signals are ours: uvicorn would stop listening on the first, while we still say 503."""
 
@@ -217,4 +232,4 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 
 if __name__ == "__main__":
-    run(PROCESS, main, count=lambda settings: settings.frontends)
+    run(PROCESS, main)

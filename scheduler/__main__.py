@@ -7,6 +7,7 @@ from typing import assert_never
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -38,9 +39,9 @@ NAME = "scheduler"
 log = logging.getLogger(__name__)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     gc.disable()  # a full collection over 100,000 cached blocks would stop everybody for 10 ms
-    inbox: Inbox[ToScheduler] = Inbox(settings.run_folder(), NAME, index, ToScheduler)
+    inbox: Inbox[ToScheduler] = Inbox(settings.run_folder(), NAME, incarnation.index, ToScheduler)
     outbox = Outbox(settings.run_folder())
     eos_token_ids = read_model_config(model_folder(settings)).eos_token_ids
     core = Scheduler(settings=settings, eos_token_ids=eos_token_ids)
@@ -51,7 +52,7 @@ def main(settings: Settings, index: int) -> None:
             tier_hits=core.tier_hits, names=core.adapter_names, slots=settings.adapter_slots
         )
     )
-    Loop(settings=settings, core=core, inbox=inbox, outbox=outbox).run()
+    Loop(settings=settings, core=core, inbox=inbox, outbox=outbox, incarnation=incarnation).run()
     outbox.close()
     inbox.close()
 
@@ -60,18 +61,26 @@ class Loop:
     """Between the core and the sockets, until every tokenizer worker has said that it is done."""
 
     def __init__(
-        self, *, settings: Settings, core: Scheduler, inbox: Inbox[ToScheduler], outbox: Outbox
+        self,
+        *,
+        settings: Settings,
+        core: Scheduler,
+        inbox: Inbox[ToScheduler],
+        outbox: Outbox,
+        incarnation: Incarnation,
     ) -> None:
         self._settings = settings
         self._core = core
         self._inbox = inbox
         self._outbox = outbox
+        self._incarnation = incarnation
         self._feeding = set(range(settings.tokenizer_workers))  # that have not said Shutdown
         self._stats_due = time.monotonic() + settings.stats_seconds
 
     def run(self) -> None:
         now = time.monotonic()
         while self._feeding or not self._core.idle:
+            self._incarnation.beat()
             messages = self._inbox.receive(self._timeout_ms(now))
             now = time.monotonic()
             for message in messages:
@@ -88,7 +97,8 @@ class Loop:
     def _timeout_ms(self, now: float) -> int:
         deadline = self._core.next_deadline()
         due = self._stats_due if deadline is None else min(deadline, self._stats_due)
-        return max(0, int((due - now) * 1000) + 1)
+        wait = min(due - now, self._incarnation.beat_seconds)
+        return max(0, int(wait * 1000) + 1)
 
     def _tell(self, message: ToScheduler, now: float) -> None:
         match message:

@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     GrammarChecked,
@@ -38,9 +39,9 @@ OPEN_REQUESTS = Gauge(
 )
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     model = load(settings)
-    worker = Worker(settings, index, model)
+    worker = Worker(settings, incarnation, model)
     worker.announce()
     while worker.core.frontends:
         worker.turn()
@@ -50,8 +51,9 @@ def main(settings: Settings, index: int) -> None:
 class Worker:
     """A core and its sockets."""
 
-    def __init__(self, settings: Settings, index: int, model: TextModel) -> None:
-        self._index = index
+    def __init__(self, settings: Settings, incarnation: Incarnation, model: TextModel) -> None:
+        self._incarnation = incarnation
+        self._index = index = incarnation.index
         self._stats_seconds = settings.stats_seconds
         self._next_stats = time.monotonic()
         self._facts: dict[str, str | int | float | None] = {
@@ -81,11 +83,14 @@ class Worker:
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
+        self._incarnation.beat()
         wait = max(0.0, self._next_stats - time.monotonic())
+        wait = min(wait, self._incarnation.beat_seconds)
         for message in self._inbox.receive(timeout_ms=int(wait * 1000) + 1):
             if isinstance(message, Prompt):
                 self._send()  # nobody waits for the text of others to be encoded
             self._tell(message)
+            self._incarnation.beat()
         self._send()
         if time.monotonic() >= self._next_stats:
             self._report()
@@ -147,4 +152,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    run(PROCESS, main, count=lambda settings: settings.tokenizer_workers)
+    run(PROCESS, main)

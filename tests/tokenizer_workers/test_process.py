@@ -52,7 +52,7 @@ class Neighbours:
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenizer_workers"],
+                [sys.executable, "-m", "pipeline.keep_alive", "tokenizer_workers"],
                 env=os.environ | to_environment(chosen),
                 stderr=log,
             )
