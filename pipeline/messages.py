@@ -755,6 +755,20 @@ class Pieces(Message, frozen=True):
     ends: tuple[End, ...] = ()
 
 
+# --- each -> itself ------------------------------------------------------------------------------
+
+
+class PeerStarted(Message, frozen=True):
+    """The inbox -> its process: what comes from now on is from another incarnation of a peer.
+
+    All that its predecessor was told and has not answered is lost, and so is what it knew.
+    """
+
+    process: str
+    index: int
+    again: bool  # there was one before it that this process has heard of
+
+
 # --- each -> frontend ----------------------------------------------------------------------------
 
 
@@ -803,9 +817,18 @@ ToFrontend = (
     | Aliases
     | AdminDone
     | AdapterList
+    | PeerStarted
 )
 ToTokenizerWorker = (
-    Prompt | Tokenize | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+    Prompt
+    | Tokenize
+    | Rendered
+    | GrammarChecked
+    | Cancel
+    | Tokens
+    | PromptLogprobs
+    | PeerStarted
+    | Shutdown
 )
 ToScheduler = (
     Prefetch
@@ -822,7 +845,8 @@ ToScheduler = (
     | AdminCommand
     | AliasesTaken
     | ListAdapters
+    | PeerStarted
     | Shutdown
 )
-ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | PeerStarted | Shutdown
+ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | PeerStarted | Shutdown
