@@ -558,7 +558,7 @@ class Step(Message, frozen=True):
     prompt's last gives that of the token after it.
     """
 
-    step_id: int  # counts up from 1
+    step_id: int  # counts up
     decode_rows: bytes = b""
     prefill: bytes = b""  # int32[chunks, 3]: row, start, count
     block_rows: bytes = b""  # row block_rows[i] gets blocks[i] as its next block
@@ -571,7 +571,10 @@ class Step(Message, frozen=True):
 
 
 class WorkerReady(Message, frozen=True):
-    """gpu_worker -> scheduler: weights are loaded, steps may come."""
+    """gpu_worker -> scheduler: weights are loaded, steps may come.
+
+    From each incarnation, once to each of the scheduler. The device holds nothing of anybody.
+    """
 
     kv_blocks: int
     block_tokens: int
@@ -621,6 +624,23 @@ class LoadAdapter(Message, frozen=True):
     trace: str = ""  # of the request that it is asked for
 
 
+class Lease(Value, frozen=True):
+    """An extent of the arena that the scheduler has, of this adapter."""
+
+    adapter: AdapterKey
+    arena_offset: int
+    nbytes: int
+
+
+class Leased(Message, frozen=True):
+    """scheduler -> adapter_loader: what loaders before you have leased to me, and still is.
+
+    Comes before anything else, if there are such leases. Each ends with one ReleaseAdapter.
+    """
+
+    leases: tuple[Lease, ...]
+
+
 class ReleaseAdapter(Message, frozen=True):
     """scheduler -> adapter_loader: the extent of one AdapterStaged is not read any more."""
 
@@ -629,7 +649,10 @@ class ReleaseAdapter(Message, frozen=True):
 
 
 class ArenaReady(Message, frozen=True):
-    """adapter_loader -> scheduler: the arena exists, loads may come."""
+    """adapter_loader -> scheduler: the arena exists, loads may come.
+
+    From each incarnation, once to each of the scheduler.
+    """
 
     path: str
     nbytes: int
@@ -849,4 +872,4 @@ ToScheduler = (
     | Shutdown
 )
 ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | PeerStarted | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | PeerStarted | Shutdown
+ToAdapterLoader = LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter | PeerStarted | Shutdown

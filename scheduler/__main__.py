@@ -19,6 +19,7 @@ from pipeline.messages import (
     Cancel,
     GrammarCompiled,
     ListAdapters,
+    PeerStarted,
     Prefetch,
     ProcessReady,
     Shutdown,
@@ -41,8 +42,10 @@ log = logging.getLogger(__name__)
 
 def main(settings: Settings, incarnation: Incarnation) -> None:
     gc.disable()  # a full collection over 100,000 cached blocks would stop everybody for 10 ms
-    inbox: Inbox[ToScheduler] = Inbox(settings.run_folder(), NAME, incarnation.index, ToScheduler)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox: Inbox[ToScheduler] = Inbox(
+        settings.run_folder(), NAME, incarnation.index, ToScheduler, outbox
+    )
     eos_token_ids = read_model_config(model_folder(settings)).eos_token_ids
     core = Scheduler(settings=settings, eos_token_ids=eos_token_ids)
     REGISTRY.register(FiguresCollector(core.figures))
@@ -78,6 +81,7 @@ class Loop:
         self._stats_due = time.monotonic() + settings.stats_seconds
 
     def run(self) -> None:
+        self._greet()
         now = time.monotonic()
         while self._feeding or not self._core.idle:
             self._incarnation.beat()
@@ -93,6 +97,13 @@ class Loop:
                 gc.collect(1)  # what is young; the core makes no cycles, libraries may
         for process in ("gpu_worker", "adapter_loader"):
             self._outbox.send(process, Shutdown(NAME))
+
+    def _greet(self) -> None:
+        """Whoever had to do with a predecessor starts over."""
+        self._outbox.greet("gpu_worker")
+        self._outbox.greet("adapter_loader")
+        self._outbox.greet("tokenizer_workers", self._settings.tokenizer_workers)
+        self._outbox.greet("frontend", self._settings.frontends)
 
     def _timeout_ms(self, now: float) -> int:
         deadline = self._core.next_deadline()
@@ -132,10 +143,20 @@ class Loop:
             case ArenaReady():
                 self._core.arena_ready(message)
                 self._announce()
+            case PeerStarted():
+                self._peer_started(message)
             case Shutdown():
                 self._feeding.discard(message.index)
             case _:
                 assert_never(message)
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Workers and loader say when they are ready, and what they have then."""
+        facts = self._core.facts()
+        if message.process == "frontend" and message.again:
+            self._core.frontend_started(message.index)
+            if facts is not None:
+                self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
 
     def _announce(self) -> None:
         facts = self._core.facts()

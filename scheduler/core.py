@@ -54,7 +54,7 @@ from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
 from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
-from scheduler.policy import Policy
+from scheduler.policy import Policy, by_order
 from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
@@ -126,23 +126,37 @@ class Scheduler:
     # --- what happened ---
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
+        """The worker has started, and its device holds nothing of ours; perhaps after another,
+        from which nothing more is heard."""
         self._worker = message
         self._step_tokens = message.step_tokens
+        ran = self._take_back()
         self._batch = self._new_batch(
-            rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
-        )
-        self._adapters.worker_ready(
-            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
+            rows=message.rows,
+            kv_blocks=message.kv_blocks,
+            block_tokens=message.block_tokens,
+            preemptions=self._batch.preemptions,
         )
         self._grammars.worker_ready()
+        self._wait_anew(ran, now)
+        for sequence, failure in self._adapters.worker_started(
+            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots, now=now
+        ):
+            self._fail(sequence, failure, now)
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
         self._attach_arena()
 
     def arena_ready(self, message: ArenaReady) -> None:
+        """The loader has started; perhaps after another, whose leases it has to honour."""
         self._arena = message
+        self._catalogue.arena_is_new()
+        self._adapters.loader_started()
         self._attach_arena()
+
+    def frontend_started(self, frontend: int) -> None:
+        self._administration.frontend_started(frontend)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
         self._adapters.prefetch(message, now)
@@ -504,19 +518,46 @@ class Scheduler:
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
-    def _new_batch(self, *, rows: int, kv_blocks: int, block_tokens: int) -> Batch:
+    def _new_batch(
+        self, *, rows: int, kv_blocks: int, block_tokens: int, preemptions: int = 0
+    ) -> Batch:
         kv = KvBlocks(
             blocks=kv_blocks,
             block_tokens=block_tokens,
             prefix_cache=self._settings.prefix_cache,
         )
         chunk_tokens = self._settings.prefill_chunk_tokens or self._step_tokens
-        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
+        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens, preemptions=preemptions)
 
     def _attach_arena(self) -> None:
         if self._worker is not None and self._arena is not None:
             attach = AttachArena(self._arena.path, self._arena.nbytes)
             self._outbox.append(("gpu_worker", 0, attach))
+
+    # --- a worker that has died ---
+
+    def _take_back(self) -> list[Sequence]:
+        """All that runs, and what was in flight to it. Tokens that were told stay as they are."""
+        ran = sorted([*self._batch.give_up(), *self._resting], key=by_order)
+        for sequence in ran:
+            sequence.extent = None
+            if sequence.interrupted is None:
+                sequence.interrupted = self._step_done_at
+        self._resting.clear()
+        self._flights.clear()
+        self._placements.clear()
+        return ran
+
+    def _wait_anew(self, ran: list[Sequence], now: float) -> None:
+        """For those that have run, and for grammars, which no worker has compiled now."""
+        for sequence in list(self._sequence_of.values()):
+            if sequence.grammar and sequence.leader is None and not self._grammars.waits(sequence):
+                if sequence not in ran:
+                    self._adapters.leave(sequence)
+                self._grammars.wait(sequence)
+        for sequence in ran:
+            if not sequence.grammar:
+                self._adapters.join(sequence, now)
 
     # --- several choices of a prompt: the first computes it, the others find it in the cache ---
 

@@ -31,6 +31,7 @@ requests = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "tenant": st.sampled_from(("", "one", "another")),
         "choices": st.sampled_from((1, 1, 1, 2, 4)),
+        "grammar": st.sampled_from(("", "", "", "one", "another")),
         "logprobs": st.sampled_from((None, None, Logprobs(), Logprobs(1, prompt_top=1))),
     }
 )
@@ -83,6 +84,16 @@ class AnyOrder(RuleBasedStateMachine):
     def arena_ready(self) -> None:
         self.world.arena_ready()
         self.arena_is_ready = True
+
+    @precondition(lambda self: self.worker_is_ready)
+    @rule(kv_blocks=st.sampled_from((16, 20)))
+    def worker_dies(self, kv_blocks: int) -> None:
+        self.world.restart_worker(kv_blocks=kv_blocks)
+
+    @precondition(lambda self: self.arena_is_ready)
+    @rule()
+    def loader_dies(self) -> None:
+        self.world.restart_loader()
 
     @rule(burst=st.lists(requests, min_size=1, max_size=6))
     def submit(self, burst: list[dict[str, Any]]) -> None:
@@ -150,6 +161,11 @@ class AnyOrder(RuleBasedStateMachine):
         for _ in range(steps):
             if self.world.worker.steps:
                 self.world.step(arrivals=arrivals)
+
+    @precondition(lambda self: self.world.compiling)
+    @rule(error=st.sampled_from(("", "", "", "it is too complex")))
+    def compile(self, error: str) -> None:
+        self.world.compile(error)
 
     @precondition(lambda self: self.world.worker.placing)
     @rule()

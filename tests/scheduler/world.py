@@ -26,6 +26,7 @@ from pipeline.messages import (
     Finished,
     ForgetAdapter,
     GrammarCompiled,
+    Leased,
     ListAdapters,
     LoadAdapter,
     Logprobs,
@@ -57,7 +58,7 @@ class Loader(Protocol):
     @property
     def arena(self) -> Mapping[int, str]: ...
 
-    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None: ...
+    def send(self, message: LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter) -> None: ...
 
 
 class World:
@@ -85,16 +86,13 @@ class World:
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
-        self.worker = FakeWorker(
-            arena=self._to_loader.arena,
-            rows=self.settings.rows,
-            kv_blocks=kv_blocks,
-            block_tokens=block_tokens,
-            pool_bytes=pool_bytes,
-            slots=slots,
-            step_tokens=self.settings.step_tokens,
-            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
-        )
+        self._sizes = {
+            "kv_blocks": kv_blocks,
+            "block_tokens": block_tokens,
+            "pool_bytes": pool_bytes,
+            "slots": slots,
+        }
+        self.worker = self._new_worker(**self._sizes)
         self.now = 0.0
         self.sent: list[Envelope] = []  # all that ever left the outbox
         self.requests: dict[int, Submit] = {}
@@ -113,6 +111,15 @@ class World:
             self.worker_ready()
             self.arena_ready()
 
+    def _new_worker(self, **sizes: int) -> FakeWorker:
+        return FakeWorker(
+            arena=self._to_loader.arena,
+            rows=self.settings.rows,
+            step_tokens=self.settings.step_tokens,
+            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
+            **sizes,
+        )
+
     # --- what happens ---
 
     def worker_ready(self) -> None:
@@ -122,6 +129,19 @@ class World:
     def arena_ready(self) -> None:
         self.core.arena_ready(ArenaReady("/dev/shm/arena", 1 << 20))
         self.settle()
+
+    def restart_worker(self, **sizes: int) -> None:
+        """Another takes its place; what it had in flight is answered by nobody."""
+        self.worker = self._new_worker(**{**self._sizes, **sizes})
+        self.compiling.clear()
+        self.arena_attached = False
+        self.worker_ready()
+
+    def restart_loader(self) -> None:
+        """Another takes its place; what it was asked is answered by nobody."""
+        self.loader.start_over()
+        self.arena_ready()
+        self.loader.reuse()
 
     def submit(
         self,
@@ -222,6 +242,8 @@ class World:
     def compile(self, error: str = "") -> None:
         """The worker has compiled the oldest grammar that it was asked for, or could not."""
         asked = self.compiling.pop(0)
+        if not error:
+            self.worker.compiled.add(asked.grammar_id)
         self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
         self.settle()
 
@@ -280,11 +302,12 @@ class World:
         self.sent += envelopes
         for process, index, message in envelopes:
             match message:
-                case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
+                case LoadAdapter() | Leased() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
                 case CompileGrammar():
                     assert process == "gpu_worker"
+                    self.worker.compiled -= {*message.forget}
                     self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
