@@ -33,7 +33,9 @@ from pipeline.messages import (
     AdapterList,
     AdminDone,
     Aliases,
+    PeerStarted,
     Pieces,
+    ProcessDied,
     ProcessReady,
     PromptDetails,
     Spans,
@@ -57,8 +59,8 @@ log = logging.getLogger(__name__)
 def main(settings: Settings, incarnation: Incarnation) -> None:
     index = incarnation.index
     listener = listen(settings)
-    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend, outbox)
     try:
         uvloop.run(serve(settings, incarnation, listener, inbox, outbox))
     finally:
@@ -113,6 +115,24 @@ async def serve(
         tracing=tracing,
     )
 
+    was_ready = False
+
+    def everybody_is_ready() -> None:
+        nonlocal was_ready
+        if was_ready:
+            log.info("event=ready_again")
+        elif index == 0:
+            print(ready_line(settings, listener), flush=True)
+        was_ready = True
+
+    def peer_started(message: PeerStarted) -> None:
+        processes.died(message.process, message.index)
+        if message.process == "scheduler":
+            downstream.scheduler_started()
+            commands.scheduler_started()
+            if index == 0:
+                beside.append(asyncio.create_task(administration.preload()))
+
     def receive(message: ToFrontend) -> None:
         match message:
             case Pieces():
@@ -127,8 +147,15 @@ async def serve(
                 if tracing is not None:
                     tracing.record(message)
             case ProcessReady():
-                if processes.ready(message) and index == 0:
-                    print(ready_line(settings, listener), flush=True)
+                if processes.ready(message):
+                    everybody_is_ready()
+            case ProcessDied():
+                peer = (message.process, message.index)
+                if outbox.known(peer) <= message.number:  # else its successor has come already
+                    processes.died(*peer, message.cause)
+            case PeerStarted():
+                if message.again:
+                    peer_started(message)
             case Aliases():
                 downstream.aliases.replace(message)
             case AdminDone() | AdapterList():
@@ -137,13 +164,14 @@ async def serve(
                 assert_never(message)
 
     asked_to_stop = _on_sigterm(loop)
-    inbox.watch(loop, receive)
     beside = [
         asyncio.create_task(_report_to_others(settings, index, outbox)),
         asyncio.create_task(_live(incarnation)),
     ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
+    inbox.watch(loop, receive)
+    greet(settings, outbox)
     server = Server(server_config(app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,6 +184,14 @@ async def serve(
     await serving
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
+
+
+def greet(settings: Settings, outbox: Outbox) -> None:
+    """Whoever had to do with a predecessor of this frontend starts over, and says what it is."""
+    outbox.greet("tokenizer_workers", settings.tokenizer_workers)
+    for process in ("scheduler", "gpu_worker", "adapter_loader"):
+        outbox.greet(process)
+    outbox.greet(PROCESS, settings.frontends)
 
 
 def ready_line(settings: Settings, listener: socket.socket) -> str:

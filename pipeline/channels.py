@@ -166,9 +166,11 @@ class Outbox:
             self._waiting.setdefault(peer, []).append(body)
 
     def greet(self, process: str, count: int = 1) -> None:
-        """Tell the first `count` of a process that this one has started."""
+        """Tell the first `count` of a process, but for this one, that this one has started."""
+        me = self._incarnation
         for index in range(count):
-            self._send((process, index), b"")
+            if me is None or (process, index) != (me.process, me.index):
+                self._send((process, index), b"")
 
     def known(self, peer: Peer) -> int:
         """The incarnation that is spoken with; 0 if none was heard of."""

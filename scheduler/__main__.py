@@ -19,6 +19,7 @@ from pipeline.messages import (
     Cancel,
     GrammarCompiled,
     ListAdapters,
+    NamesKept,
     PeerStarted,
     Prefetch,
     ProcessReady,
@@ -135,6 +136,8 @@ class Loop:
                 self._core.admin_command(message, now)
             case AliasesTaken():
                 self._core.aliases_taken(message)
+            case NamesKept():
+                self._core.names_kept(message)
             case ListAdapters():
                 self._core.list_adapters(message, now)
             case WorkerReady():
@@ -144,19 +147,26 @@ class Loop:
                 self._core.arena_ready(message)
                 self._announce()
             case PeerStarted():
-                self._peer_started(message)
+                self._peer_started(message, now)
             case Shutdown():
                 self._feeding.discard(message.index)
             case _:
                 assert_never(message)
 
-    def _peer_started(self, message: PeerStarted) -> None:
-        """Workers and loader say when they are ready, and what they have then."""
-        facts = self._core.facts()
-        if message.process == "frontend" and message.again:
-            self._core.frontend_started(message.index)
-            if facts is not None:
-                self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
+    def _peer_started(self, message: PeerStarted, now: float) -> None:
+        """Its predecessor is dead. Workers and loader say themselves when they are ready."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        match message.process:
+            case "gpu_worker":
+                self._core.worker_lost(now)
+            case "adapter_loader":
+                self._core.loader_lost()
+            case "frontend":
+                self._core.frontend_started(message.index)
+                facts = self._core.facts()
+                if facts is not None:
+                    self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
 
     def _announce(self) -> None:
         facts = self._core.facts()

@@ -11,6 +11,7 @@ from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     GrammarChecked,
+    PeerStarted,
     ProcessReady,
     Prompt,
     PromptLogprobs,
@@ -60,8 +61,10 @@ class Worker:
             "max_total_tokens": model.max_total_tokens
         }
         run_dir = settings.run_folder()
-        self._inbox: Inbox[ToTokenizerWorker] = Inbox(run_dir, PROCESS, index, ToTokenizerWorker)
-        self._outbox = Outbox(run_dir)
+        self._outbox = Outbox(run_dir, incarnation)
+        self._inbox: Inbox[ToTokenizerWorker] = Inbox(
+            run_dir, PROCESS, index, ToTokenizerWorker, self._outbox
+        )
         self._tokenized = model.encoder.tokenized
         self.core = Core(
             worker=index,
@@ -78,8 +81,13 @@ class Worker:
         self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
+        self._outbox.greet("scheduler")
+        self._outbox.greet("frontend", len(self.core.frontends))
         for frontend in self.core.frontends:
-            self._outbox.send("frontend", ProcessReady(PROCESS, self._index, self._facts), frontend)
+            self._say_ready(frontend)
+
+    def _say_ready(self, frontend: int) -> None:
+        self._outbox.send("frontend", ProcessReady(PROCESS, self._index, self._facts), frontend)
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
@@ -124,10 +132,21 @@ class Worker:
                 self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
+            case PeerStarted():
+                self._peer_started(message)
             case Shutdown():
                 self.core.shutdown(message.index)
             case _:
                 assert_never(message)
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        if not message.again:
+            return  # what it is to know has waited for it
+        if message.process == "scheduler":
+            self.core.scheduler_started(time.monotonic())
+        elif message.process == "frontend":
+            self.core.frontend_started(message.index)
+            self._say_ready(message.index)
 
     def _trace(self, prompt: Prompt, started: float) -> None:
         """It has been encoded, or it cannot be."""

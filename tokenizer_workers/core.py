@@ -43,6 +43,11 @@ from tokenizer_workers.stop_strings import StopStrings
 from tokenizer_workers.tool_calls import Said, ToolCallParser
 
 PROCESS = "tokenizer_workers"
+CUT_OFF = Failure(
+    503,
+    FailureKind.INTERNAL,
+    "a process of the server died before the reply was complete; the request may be sent again",
+)
 
 
 class ToPeer(msgspec.Struct, frozen=True):
@@ -329,13 +334,30 @@ class Core:
         request.prompt.add(message.rows)
         self._complete_prompt(request, message.request_id)
 
-    def shutdown(self, frontend: int) -> None:
-        """A frontend has gone; when all have, the scheduler is told."""
-        del self._outgoing[frontend]
+    def frontend_started(self, frontend: int) -> None:
+        """Another incarnation, which waits for nothing that the one before has asked for."""
+        self._forget_all_of(frontend)
+        self._outgoing[frontend] = _Outgoing()
+
+    def scheduler_started(self, now: float) -> None:
+        """Another incarnation, which knows nothing of what was submitted to the one before: that
+        ends here."""
+        self._to_scheduler = []
+        requests, self._requests = self._requests, {}
+        for request_id, request in requests.items():
+            end = End(request_id, FinishReason.ERROR, request.usage(now), CUT_OFF)
+            request.outgoing.ends.append(end)
+
+    def _forget_all_of(self, frontend: int) -> None:
         self._renderings.forget(frontend)
         self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
+
+    def shutdown(self, frontend: int) -> None:
+        """A frontend has gone; when all have, the scheduler is told."""
+        del self._outgoing[frontend]
+        self._forget_all_of(frontend)
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))
 
