@@ -69,9 +69,9 @@ class Inbox(Generic[M]):
 
     def receive(self, timeout_ms: int | None = None) -> list[M]:
         """What has arrived, at most MAX_RECEIVED; waits up to timeout_ms (None: until something)
-        when there is nothing."""
+        when there is nothing, and anew after what is no message."""
         messages = self._drain()
-        if not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
+        while not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
             messages = self._drain()
         return messages
 

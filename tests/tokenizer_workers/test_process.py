@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     ChatOptions,
@@ -47,6 +48,9 @@ class Neighbours:
         self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
         self._outbox = Outbox(run_dir)
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in ("frontend", "scheduler")]
+        for peer in self._peers:  # who is not known, is told nothing
+            peer.greet("tokenizer_workers", settings.get("tokenizer_workers", 1))
         self._arrived: list[Message] = []
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
@@ -80,7 +84,8 @@ class Neighbours:
         """End what is left."""
         self.process.kill()
         self.process.wait()
-        self._outbox.close(linger_ms=0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(linger_ms=0)
         self.frontend.close()
         self.scheduler.close()
 
