@@ -16,8 +16,10 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import RequestError
-from pipeline.messages import ChatOptions, Failure, FailureKind
+from pipeline.messages import ChatOptions, Failure, FailureKind, Tools
 from tokenizer_workers.chat_template import RENDER_ERRORS, ChatTemplate, NotATemplate
+from tokenizer_workers.tool_formats import FORMATS, ToolFormat
+from tokenizer_workers.tool_use import ToolUse
 
 LENGTH = struct.Struct("!I")
 MAX_COMPILED = 16  # templates that are kept for the next prompt
@@ -29,6 +31,7 @@ class TemplateLimits(msgspec.Struct, frozen=True):
 
     special_tokens: dict[str, str]
     max_characters: int
+    tool_format: str = "hermes"  # of FORMATS, in which tools are explained where it shows none
 
 
 class Job(msgspec.Struct, frozen=True, array_like=True):
@@ -36,7 +39,8 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
 
     messages: list[dict[str, Any]]
     options: ChatOptions
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
+    special_tokens: dict[str, str] | None = None  # instead of the model's
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
@@ -53,15 +57,19 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
     decoder = msgspec.msgpack.Decoder(Job)
     send(connection, READY)
     _give_up_rights(nbytes)
-    template = functools.lru_cache(MAX_COMPILED)(
-        lambda source: ChatTemplate(source, limits.special_tokens, limits.max_characters)
-    )
+
+    @functools.lru_cache(MAX_COMPILED)
+    def compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+        return ChatTemplate(source, dict(special_tokens), limits.max_characters)
+
     while (body := receive(connection)) is not None:
         job = decoder.decode(body)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            text = template(job.options.template).render(job.messages, job.tools, job.options)
-            result = Result(text)
+            tokens = limits.special_tokens if job.special_tokens is None else job.special_tokens
+            template = compiled(job.options.template, tuple(tokens.items()))
+            messages, tools = chat_for(template, FORMATS[limits.tool_format], job)
+            result = Result(template.render(messages, tools, job.options))
         except NotATemplate as error:
             result = _failed(error.sentence)
         except RequestError as error:
@@ -72,6 +80,19 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
             result = _failed(f"the chat template cannot be used: {error}")
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, msgspec.msgpack.encode(result))
+
+
+def chat_for(
+    template: ChatTemplate, form: ToolFormat, job: Job
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """The messages and tools, as the template takes them."""
+    use = ToolUse(
+        form,
+        template_shows_tools=template.shows_tools,
+        template_takes_system=template.takes_system,
+        token_id=lambda text: None,
+    )
+    return use.chat(job.messages, job.tools)
 
 
 def send(connection: socket.socket, body: bytes) -> None:

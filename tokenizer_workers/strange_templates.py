@@ -18,9 +18,9 @@ import msgspec
 
 from pipeline.channels import Outbox
 from pipeline.config import Settings
-from pipeline.messages import Failure, FailureKind, Prompt, Rendered
+from pipeline.messages import Failure, FailureKind, Rendered
 from tokenizer_workers.render import Job, Result, TemplateLimits, receive, send
-from tokenizer_workers.tool_messages import tool_objects, with_argument_objects
+from tokenizer_workers.renderings import ToRender
 
 ROOT = Path(__file__).parent.parent  # where this package lies
 START_SECONDS = 60.0  # for the process to be ready
@@ -50,31 +50,32 @@ class StrangeTemplates:
         self._renderer = Renderer(
             limits, seconds=settings.template_seconds, nbytes=settings.template_bytes
         )
-        self._prompts: SimpleQueue[Prompt | None] = SimpleQueue()
+        self._chats: SimpleQueue[ToRender | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def render(self, prompt: Prompt) -> None:
+    def render(self, chat: ToRender) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
-        self._prompts.put(prompt)
+        self._chats.put(chat)
 
     def close(self) -> None:
         """What has not been rendered is not any more."""
         if self._thread is not None:
             self._closing = True
-            self._prompts.put(None)
+            self._chats.put(None)
             self._renderer.interrupt()
             self._thread.join()
 
     def _run(self) -> None:
         outbox = Outbox(self._run_dir)
-        while (prompt := self._prompts.get()) is not None and not self._closing:
+        while (chat := self._chats.get()) is not None and not self._closing:
+            prompt = chat.prompt
             if not self._still_waits(prompt.request_id):
                 continue
-            tools = tool_objects(prompt.tools) if prompt.tools and prompt.tools.functions else None
-            messages = with_argument_objects(prompt.chat or [])
-            result = self._renderer.render(Job(messages, prompt.chat_options, tools))
+            options = msgspec.structs.replace(prompt.chat_options, template=chat.template)
+            job = Job(prompt.chat or [], options, prompt.tools, chat.special_tokens)
+            result = self._renderer.render(job)
             message = Rendered(prompt.request_id, result.text, result.failure)
             outbox.send(self._process, message, self._index)
         self._renderer.close()

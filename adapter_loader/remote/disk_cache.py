@@ -67,6 +67,10 @@ class DiskCache:
         self._reserved: dict[Path, int] = {}  # folder that is being filled -> bytes when it is
         self._measure()
 
+    def folder_of(self, digest: str) -> Path:
+        """Where a complete entry lies, while its files are open."""
+        return self._entries / digest
+
     def open(self, digest: str, max_adapter_bytes: int) -> AdapterFiles | None:
         """The files of a complete entry, which stays until they are closed; None without one.
 

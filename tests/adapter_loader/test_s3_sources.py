@@ -69,7 +69,9 @@ def put(s3: Any, good_adapter: Path) -> Callable[..., bytes]:
 
 
 def store(endpoint: str, made: Parts) -> S3Store:
-    return S3Store(endpoint=endpoint, limits=Limits(5, 5), downloads=made.downloads)
+    return S3Store(
+        endpoint=endpoint, limits=Limits(5, 5), downloads=made.downloads, texts=made.texts
+    )
 
 
 def source(endpoint: str, folder: Path, bucket: str = BUCKET) -> S3Source:
