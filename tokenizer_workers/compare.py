@@ -4,8 +4,10 @@ It is somebody else's, so that a process without secrets in its environment, wit
 time, reads it. Says on stdout how it differs, as the end of a sentence; nothing if it agrees.
 """
 
+import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ ROOT = Path(__file__).parent.parent  # where this package lies
 SECONDS = 60  # of a processor: twenty times what a vocabulary of 256,000 takes
 WALL_SECONDS = 300.0  # on a machine that is busy
 MEMORY_BYTES = 4 << 30
+PR_SET_PDEATHSIG = 1
 UNREADABLE = "it cannot be read"
 
 
@@ -39,6 +42,8 @@ def compare(folder: Path, tokenizer: bytes) -> str:
 
 
 def main(folder: Path) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

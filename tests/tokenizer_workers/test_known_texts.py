@@ -41,7 +41,8 @@ def read(files: Mapping[str, bytes]) -> OwnTexts:
     if not files:
         return NOTHING
     ((name, content),) = files.items()
-    return OwnTexts(**{"template" if name == "t" else "problem": content.decode()})
+    text = content.decode()
+    return OwnTexts(template=text) if name == "t" else OwnTexts(problem=text)
 
 
 def known(revalidate_seconds: float = REVALIDATE) -> KnownTexts:
