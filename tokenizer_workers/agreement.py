@@ -6,6 +6,7 @@ and what a file leaves out are the same then. Of that, these say nothing about i
     version, truncation, padding     every request says for itself where it is cut
     trim_offsets of ByteLevel        where tokens lie in their text
     a ByteLevel post-processor       that too, and nothing else
+    a template's pairs and types     no text here is one of a pair
     what a ByteLevel decoder says    it does not look at it
     an empty prefix or suffix        none
 
@@ -138,9 +139,16 @@ def _ids_alone(step: Json | None) -> Json | None:
 
 
 def _tokens_around(step: Json | None) -> Json | None:
-    """A post-processor, without steps that put nothing around a text."""
+    """A post-processor: the ids that it puts around a text, which is never one of a pair."""
     if step is None or step["type"] == "ByteLevel":
         return None
+    if step["type"] == "TemplateProcessing":
+        special = step["special_tokens"]
+        around = [
+            special[piece["SpecialToken"]["id"]]["ids"] if "SpecialToken" in piece else "the text"
+            for piece in step["single"]
+        ]
+        return None if around == ["the text"] else {"type": step["type"], "single": around}
     if step["type"] != "Sequence":
         return step
     inner = [one for one in map(_tokens_around, step["processors"]) if one is not None]
