@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -22,7 +23,7 @@ from tokenizer_workers.tool_formats import FORMATS, ToolFormat
 from tokenizer_workers.tool_use import ToolUse
 
 LENGTH = struct.Struct("!I")
-MAX_COMPILED = 16  # templates that are kept for the next prompt
+MAX_COMPILED = 128  # templates that are kept for the next prompt, while there is memory
 READY = b""
 
 
@@ -62,24 +63,35 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
     def compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
         return ChatTemplate(source, dict(special_tokens), limits.max_characters)
 
+    def rendered(job: Job) -> str:
+        tokens = limits.special_tokens if job.special_tokens is None else job.special_tokens
+        template = compiled(job.options.template, tuple(tokens.items()))
+        messages, tools = chat_for(template, FORMATS[limits.tool_format], job)
+        return template.render(messages, tools, job.options)
+
     while (body := receive(connection)) is not None:
         job = decoder.decode(body)
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            tokens = limits.special_tokens if job.special_tokens is None else job.special_tokens
-            template = compiled(job.options.template, tuple(tokens.items()))
-            messages, tools = chat_for(template, FORMATS[limits.tool_format], job)
-            result = Result(template.render(messages, tools, job.options))
-        except NotATemplate as error:
-            result = _failed(error.sentence)
-        except RequestError as error:
-            result = Result(failure=Failure(error.status, FailureKind(error.kind), error.message))
-        except MemoryError:
-            result = _failed("the chat template needs too much memory")
-        except RENDER_ERRORS as error:  # of its compilation
-            result = _failed(f"the chat template cannot be used: {error}")
+        result = _result(rendered, job)
+        if result is None:  # what is kept of other templates may be what takes the memory
+            compiled.cache_clear()
+            result = _result(rendered, job) or _failed("the chat template needs too much memory")
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, msgspec.msgpack.encode(result))
+
+
+def _result(rendered: Callable[[Job], str], job: Job) -> Result | None:
+    """None if there was not enough memory."""
+    try:
+        return Result(rendered(job))
+    except NotATemplate as error:
+        return _failed(error.sentence)
+    except RequestError as error:
+        return Result(failure=Failure(error.status, FailureKind(error.kind), error.message))
+    except MemoryError:
+        return None
+    except RENDER_ERRORS as error:  # of its compilation
+        return _failed(f"the chat template cannot be used: {error}")
 
 
 def chat_for(
