@@ -23,6 +23,7 @@ from adapter_loader.loading import (
     texts_or_failure,
 )
 from adapter_loader.metrics import LOADS, ArenaCollector
+from adapter_loader.packing_processes import Nursery, PackingProcesses
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
 from adapter_loader.text_questions import StartTexts, TextQuestions
@@ -70,18 +71,18 @@ class Loader:
         settings: Settings,
         base: BaseModel,
         sources: Mapping[str, Source],
-        arena: memoryview,
+        packing: PackingProcesses,
         inbox: Inbox[ToAdapterLoader],
         outbox: Outbox,
     ) -> None:
         self._settings = settings
         self._base = base
         self._sources = sources
-        self._arena = arena
+        self._packing = packing
         self._inbox = inbox
         self._outbox = outbox
         self._core = Core(
-            arena_bytes=len(arena),
+            arena_bytes=settings.arena_bytes,
             load_seconds=settings.adapter_load_seconds,
             remember_seconds=settings.failed_load_seconds,
         )
@@ -92,7 +93,7 @@ class Loader:
         self._traces = LoadTraces()
         self._checked: dict[AdapterKey, Checked] = {}
         self._fetchers: dict[str, Workers] = {}  # by lane: a slow server holds up its own alone
-        self._packers = Workers("pack", settings.loader_threads)
+        self._packers = Workers("pack", packing.count)
         self._loop = asyncio.new_event_loop()
         self._deadline: asyncio.TimerHandle | None = None
         self._broken: BaseException | None = None
@@ -106,6 +107,7 @@ class Loader:
             self._loop.run_forever()
         finally:
             self._packers.close()
+            self._packing.close()
             self._loop.close()
         if self._broken is not None:
             raise self._broken
@@ -193,8 +195,8 @@ class Loader:
         return self._fetchers[name]
 
     def _start_pack(self, action: StartPack) -> None:
-        extent = self._arena[action.offset : action.offset + action.nbytes]
-        pack = partial(pack_checked, self._checked.pop(action.key), extent)
+        into = partial(self._packing.pack, offset=action.offset)
+        pack = partial(pack_checked, self._checked.pop(action.key), into)
         self._packers.submit(partial(self._run_job, action.key, pack, self._on_packed))
 
     def _run_job(
@@ -282,12 +284,13 @@ def base_model(settings: Settings) -> BaseModel:
 
 def main(settings: Settings, index: int) -> None:
     torch.set_num_threads(1)
+    nursery = Nursery()  # before there are threads
     disable_progress_bars()
     folder = run_folder(settings)
     base = base_model(settings)
     sources = enabled_sources(settings)
     path = arena_path(folder)
-    arena = create(path, settings.arena_bytes)
+    create(path, settings.arena_bytes)
     inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, index, ToAdapterLoader)
     outbox = Outbox(folder)
     try:
@@ -295,7 +298,9 @@ def main(settings: Settings, index: int) -> None:
             settings=settings,
             base=base,
             sources=sources,
-            arena=memoryview(arena),
+            packing=PackingProcesses(
+                nursery, path, settings.arena_bytes, settings.packing_processes
+            ),
             inbox=inbox,
             outbox=outbox,
         )
@@ -309,6 +314,7 @@ def main(settings: Settings, index: int) -> None:
         path.unlink(missing_ok=True)
         inbox.close()
         outbox.close()
+        nursery.close()
 
 
 if __name__ == "__main__":

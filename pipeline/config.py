@@ -162,6 +162,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     loader_threads: Annotated[
         int, Meta(ge=1, le=64, description="adapters that are fetched at the same time")
     ] = 4
+    packing_processes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="processes that pack adapters into the arena; 0: half the cores, 8 at most",
+        ),
+    ] = 0
     adapter_load_seconds: Annotated[
         float, Meta(gt=0, description="time until a load has failed, seconds")
     ] = 300.0

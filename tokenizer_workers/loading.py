@@ -111,7 +111,7 @@ def text_model(
         ),
         base_texts=BaseTexts(
             config=tokenizer_config,
-            ids=tokenizer.get_vocab(with_added_tokens=True),
+            id_of=tokenizer.token_to_id,
             special=frozenset(token.content for token in added.values() if token.special),
             eos_ids=config.eos_token_ids,
             around=_around(tokenizer),

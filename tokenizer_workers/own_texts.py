@@ -1,6 +1,6 @@
 """What an adapter ships for tokenizers beside its weights, and what the base model makes of it."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -37,14 +37,14 @@ class BaseTexts(msgspec.Struct, frozen=True):
     """What adapters' files are compared with.
 
     config       its tokenizer_config.json
-    ids          token -> id, added ones included
+    id_of        of a token, added ones included; None if it has none
     special      those that are special, however they came to be
     eos_ids      that end replies
     around       the ids that it puts before and behind a text
     """
 
     config: Mapping[str, Any]
-    ids: Mapping[str, int]
+    id_of: Callable[[str], int | None]
     special: Collection[str]
     eos_ids: Collection[int]
     around: tuple[tuple[int, ...], tuple[int, ...]]
@@ -75,7 +75,7 @@ def read_own_texts(files: Mapping[str, bytes], base: BaseTexts) -> OwnTexts:
     except _Disagrees as error:
         return OwnTexts(problem=disagreement(str(error)))
     own = special_tokens(named)
-    eos = base.ids.get(own.get("eos_token", ""))
+    eos = base.id_of(own.get("eos_token", ""))
     return OwnTexts(
         template=template,
         special_tokens=special_tokens(base.config) | own if template else {},
@@ -131,7 +131,8 @@ def _added(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 def _check_ids(name: str, tokens: Any, base: BaseTexts) -> None:
     base_listed = dict(_added(base.config))
     for token, token_id in tokens:
-        theirs = base.ids.get(token, base_listed.get(token))
+        own = base.id_of(token)
+        theirs = base_listed.get(token) if own is None else own
         if theirs is None:
             raise _Disagrees(
                 f"{name} adds the token {_shown(token)}, which the base model does not have"
@@ -175,7 +176,7 @@ def _check_around(config: Mapping[str, Any], base: BaseTexts) -> None:
         ("add_eos_token", "eos_token", behind),
     ):
         says = config.get(name)
-        does = base.ids.get(special_tokens(base.config).get(of, "")) in ids
+        does = base.id_of(special_tokens(base.config).get(of, "")) in ids
         if says is not None and says not in (does, base.config.get(name)):
             raise _Disagrees(
                 f"tokenizer_config.json says {_shown(says)} for `{name}`, and the base model's "

@@ -17,6 +17,7 @@ from pipeline.messages import (
     Rendered,
     Submit,
 )
+from tests.tokenizer_workers import test_core
 from tests.tokenizer_workers.test_core import VOCABULARY, Letters, encode
 from tokenizer_workers.core import Core
 from tokenizer_workers.known_texts import KnownTexts
@@ -165,15 +166,7 @@ def test_a_loader_that_says_nothing_costs_its_prompts_a_sentence() -> None:
 
 
 def test_where_adapters_texts_are_not_looked_at_nobody_waits() -> None:
-    worker = Core(
-        worker=0,
-        frontends=1,
-        encode=encode,
-        new_decoder=Letters,
-        new_token_decoder=Letters,
-        vocabulary=VOCABULARY,
-        new_tool_decoder=Letters,
-    )
+    worker = test_core.core()
     worker.prompt(prompt(), now=10.0)
     assert len(sent(worker)) == 1
     assert (worker.take_questions(), worker.take_comparisons()) == ([], [])
