@@ -61,12 +61,14 @@ def test_tools_are_shown_by_a_template_that_knows_them_and_explained_to_one_that
     assert '"look"' in explained
     assert "<tool_call>" in explained
     call = {"function": {"name": "look", "arguments": '{"a": 1}'}}
-    messages = [*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    reply: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
     shows = (
         knows
         + "{% if messages[1] %}{{ messages[1].tool_calls[0].function.arguments.a }}{% endif %}"
     )
-    assert renderer.render(Job(messages, ChatOptions(template=shows), tools)) == Result("look;Hi1")
+    assert renderer.render(Job([*MESSAGES, reply], ChatOptions(template=shows), tools)) == Result(
+        "look;Hi1"
+    )
 
 
 LOOPS = {
