@@ -131,9 +131,8 @@ def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _tool_use(
     tokenizer: Tokenizer, chat_template: ChatTemplate | None, form: ToolFormat
-) -> ToolUse | None:
-    if chat_template is None:
-        return None
+) -> ToolUse:
+    """Without a chat template of the base model, for chats that bring theirs or their adapter's."""
     own = {
         token.content: token_id
         for token_id, token in tokenizer.get_added_tokens_decoder().items()
@@ -141,8 +140,8 @@ def _tool_use(
     }
     return ToolUse(
         form,
-        template_shows_tools=chat_template.shows_tools,
-        template_takes_system=chat_template.takes_system,
+        template_shows_tools=chat_template is not None and chat_template.shows_tools,
+        template_takes_system=chat_template is not None and chat_template.takes_system,
         token_id=own.get,
     )
 
