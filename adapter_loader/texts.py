@@ -17,7 +17,7 @@ TEXT_FILES = {
     "chat_template.jinja": 1 << 20,
     "special_tokens_map.json": 1 << 20,
     "added_tokens.json": 4 << 20,
-    TOKENIZER_FILE: 64 << 20,
+    TOKENIZER_FILE: 32 << 20,
 }
 
 

@@ -36,7 +36,14 @@ MAX_CHARACTERS = 64 << 20
 MAX_KNOWN = 20_000
 MAX_VERDICTS = 256
 TOLD_VERDICTS = 32  # of them, that go with each question
+MAX_COMPARING = 16  # each may have 32 MiB
 ASK_AGAIN_SECONDS = 10.0  # the loader may have been started anew
+
+TOO_MANY = Failure(
+    503,
+    FailureKind.ADAPTER_UNAVAILABLE,
+    "its tokenizer has not been compared with the base model's: too many others are; try again",
+)
 
 Ready = tuple[Prompt, OwnTexts | RequestError]
 
@@ -142,7 +149,10 @@ class KnownTexts:
         if answer.failure is not None:
             self._not_had(key, known, answer.failure, now)
         elif answer.files is not None:
-            self._keep(key, answer, answer.files, question.asked_at)
+            if self._has_room(answer.tokenizer):
+                self._keep(key, answer, answer.files, question.asked_at)
+            else:
+                self._not_had(key, known, TOO_MANY, now)
         elif known is not None and known.version == answer.version:
             known.asked_at = question.asked_at
         self._release(now)
@@ -218,6 +228,12 @@ class KnownTexts:
         )
         self._questions[key] = _Question(message, now, now)
         self._to_ask.append(message)
+
+    def _has_room(self, tokenizer: str) -> bool:
+        """Whether it is known, or may be compared."""
+        if self._verdict(tokenizer) is not None or tokenizer in self._comparing:
+            return True
+        return len(self._comparing) < MAX_COMPARING
 
     def _keep(
         self, key: AdapterKey, answer: AdapterTexts, files: Mapping[str, bytes], asked_at: float

@@ -174,6 +174,25 @@ def test_a_tokenizer_that_disagrees_is_a_problem_with_its_adapters_name() -> Non
     assert (refused.status, refused.kind) == (422, FailureKind.ADAPTER_INVALID)
 
 
+def test_more_tokenizers_than_may_be_compared_at_once_are_to_be_tried_again() -> None:
+    texts = known()
+    keys = [AdapterKey("local", str(number)) for number in range(known_texts.MAX_COMPARING + 1)]
+    for number, key in enumerate(keys):
+        texts.of(prompt(number, key), now=0)
+    for one in texts.take_questions():
+        content = {"tokenizer.json": b"{}"}
+        texts.told(answer(one, content, tokenizer=f"tokenizer of {one.adapter.id}"), now=1)
+    assert len(texts.take_comparisons()) == known_texts.MAX_COMPARING
+    ((request_id, sentence),) = ready(texts)
+    assert request_id == known_texts.MAX_COMPARING
+    assert sentence.endswith("too many others are; try again")
+    texts.compared(TokenizerCompared("tokenizer of 0"), now=2)
+    texts.of(prompt(100, keys[-1]), now=3)
+    again = question(texts)
+    texts.told(answer(again, {"tokenizer.json": b"{}"}, tokenizer="the last"), now=4)
+    assert [one.tokenizer for one in texts.take_comparisons()] == ["the last"]
+
+
 def test_a_failure_ends_those_that_wait_and_nothing_is_kept_of_it() -> None:
     texts = known()
     texts.of(prompt(1), now=0)
