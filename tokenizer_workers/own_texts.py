@@ -13,8 +13,8 @@ MAX_SHOWN = 80  # characters of somebody else's text in a sentence
 class OwnTexts(msgspec.Struct, frozen=True):
     """Of one adapter, or of a merge whose parts have them in common.
 
-    special_tokens  variables of the template: the adapter's, and the base model's where it names
-                    none
+    special_tokens  variables of the template: the adapter's, and the base model's where it says
+                    nothing of them
     eos             an id that ends its replies, besides those of the base model
     problem         why no request is served, as the end of a sentence about the adapter
     """
@@ -75,10 +75,12 @@ def read_own_texts(files: Mapping[str, bytes], base: BaseTexts) -> OwnTexts:
     except _Disagrees as error:
         return OwnTexts(problem=disagreement(str(error)))
     own = special_tokens(named)
+    theirs = special_tokens(base.config).items()
+    inherited = {name: text for name, text in theirs if name not in named}  # null is none
     eos = base.id_of(own.get("eos_token", ""))
     return OwnTexts(
         template=template,
-        special_tokens=special_tokens(base.config) | own if template else {},
+        special_tokens=inherited | own if template else {},
         eos=None if eos in base.eos_ids else eos,
     )
 
