@@ -244,6 +244,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Literal["auto", "hermes", "llama", "mistral"],
         Meta(description="how the model writes calls of tools; auto: as its chat template says"),
     ] = "auto"
+    pooling: Annotated[
+        Literal["last", "mean"],
+        Meta(description="which hidden states of a text embed it, where the request does not say"),
+    ] = "last"
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
     allow_chat_template: Annotated[
         bool, Meta(description="let requests bring a chat template of their own")

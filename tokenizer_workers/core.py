@@ -336,6 +336,7 @@ class Core:
                 stop_token_ids=prompt.stop_token_ids,
                 trace=prompt.trace,
                 grammar=encoded.grammar,
+                pooling=prompt.pooling,
             )
         )
 
@@ -511,7 +512,7 @@ class Core:
         if request.parser is not None and not request.parser.is_over:
             request.outgoing.say(finished.request_id, request.parser.finish())
         request.outgoing.ends.append(
-            End(finished.request_id, reason, finished.usage, finished.failure)
+            End(finished.request_id, reason, finished.usage, finished.failure, finished.embedding)
         )
 
 

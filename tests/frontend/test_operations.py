@@ -9,7 +9,7 @@ from frontend.adapters import scope_of
 from frontend.processes import Processes
 from pipeline.messages import AdapterKey, ProcessReady, Stats
 from pipeline.metrics import snapshot
-from tests.frontend.fakes import OTHERS, Backend, make_adapter, says, settings
+from tests.frontend.fakes import FACTS, OTHERS, Backend, make_adapter, says, settings
 
 LORAX_FACTS = [
     "model_id",
@@ -77,7 +77,7 @@ async def test_info_has_loraxs_facts_and_those_of_each_process() -> None:
     assert facts["max_input_length"] == 511
     assert facts["max_best_of"] == 128
     assert facts["max_batch_total_tokens"] == 1600
-    assert facts["processes"]["gpu_worker"] == {"device": "cpu", "dtype": "float32"}
+    assert facts["processes"]["gpu_worker"] == FACTS["gpu_worker"]
 
 
 async def test_info_has_every_field_of_loraxs() -> None:

@@ -29,6 +29,7 @@ from pipeline.messages import (
     ListAdapters,
     LoadAdapter,
     Logprobs,
+    Pooling,
     Prefetch,
     PromptLogprobs,
     ReleaseAdapter,
@@ -138,6 +139,7 @@ class World:
         seed: int = 0,
         trace: str = "",
         grammar: str = "",
+        pooling: Pooling | None = None,
     ) -> int:
         """Returns the request's number; that of its first choice."""
         request = Submit(
@@ -155,6 +157,7 @@ class World:
             choices=choices,
             trace=trace,
             grammar=grammar,
+            pooling=pooling,
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request

@@ -27,6 +27,8 @@ from pipeline.messages import (
     Logprobs,
     Piece,
     Pieces,
+    Pooling,
+    PoolingKind,
     Prompt,
     PromptDetails,
     PromptLogprobs,
@@ -602,3 +604,15 @@ def test_the_one_call_that_is_allowed_ends_the_reply() -> None:
     (end,) = messages[-1].ends
     assert end.reason is FinishReason.STOP
     assert end.usage.completion_tokens == len(call)
+
+
+def test_an_embedding_passes_as_it_is_with_no_text() -> None:
+    worker = core()
+    worker.prompt(prompt(text="abc", max_tokens=1, pooling=Pooling(PoolingKind.MEAN)), now=10.5)
+    [(_, _, submitted)] = sent(worker)
+    assert (submitted.pooling, submitted.max_tokens) == (Pooling(PoolingKind.MEAN), 1)
+    embedded = Finished(1, FinishReason.EMBEDDED, USAGE, embedding=b"1234")
+    worker.tokens(Tokens([], [], {}, finished=(embedded,)), now=11.0)
+    pieces = to_frontend(worker)
+    assert pieces == Pieces([], (End(1, FinishReason.EMBEDDED, USAGE, embedding=b"1234"),))
+    assert worker.requests == 0
