@@ -111,6 +111,13 @@ class Outbox:
         self._sockets[(process, index)] = socket
         return socket
 
+    def drop(self, process: str, index: int = 0) -> None:
+        """That process was started again: what its predecessor has not taken is dropped, and
+        what is sent from now on takes a connection of its own."""
+        socket = self._sockets.pop((process, index), None)
+        if socket is not None:
+            socket.close(0)
+
     def close(self, linger_ms: int = 2000) -> None:
         """Close all sockets; waits up to linger_ms for what is still to be sent."""
         for socket in self._sockets.values():

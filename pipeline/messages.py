@@ -2,6 +2,9 @@
 
 Messages are frozen and flat; the first line of each says which edge it travels. Arrays are bytes
 of little-endian int32 unless a comment says otherwise. A new field goes last, with a default.
+
+An `incarnation` tells a tokenizer worker from its predecessors, see ProcessReady: what was meant
+for one of these is nothing to the worker, and what comes from one is nothing to others.
 """
 
 from enum import StrEnum
@@ -272,6 +275,12 @@ class ChatOptions(Value, frozen=True):
     add_special_tokens: bool = False  # those that the tokenizer puts around a text
 
 
+# Of each choice of a prompt that is sent again: how many tokens of its reply the frontend has, as
+# Piece.produced counts; GONE if nobody waits for more of it.
+Heard = tuple[int, ...]
+GONE = -1
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -302,6 +311,8 @@ class Prompt(Message, frozen=True):
     grammar: Grammar | None = None
     tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
+    incarnation: int = 0  # of the worker that is to do it
+    heard: Heard | None = None  # None: it is not sent again
 
 
 class Rendered(Message, frozen=True):
@@ -328,6 +339,7 @@ class Cancel(Message, frozen=True):
     """
 
     request_id: int
+    stopped: bool = False  # its worker has ended it, and the frontend may not have heard it yet
 
 
 class GrammarChecked(Message, frozen=True):
@@ -374,6 +386,27 @@ class Submit(Message, frozen=True):
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
     trace: str = ""  # as of the prompt
     grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
+    incarnation: int = 0  # of the worker
+    heard: Heard | None = None  # as of the prompt
+
+
+class StillOpen(Message, frozen=True):
+    """frontend -> scheduler: a tokenizer worker was started again.
+
+    Nobody waits for any other request that this frontend had given to its predecessors. These here
+    are on their way to the worker once more.
+    """
+
+    frontend: int
+    worker: int
+    incarnation: int
+    request_ids: list[int]
+
+
+class EndsHeard(Message, frozen=True):
+    """frontend -> scheduler: these ends have come; the requests need not be known any more."""
+
+    request_ids: list[int]
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -694,6 +727,7 @@ class Tokens(Message, frozen=True):
     token_ids: list[int]
     logprobs: dict[int, bytes]  # of token_ids[i], a row of pipeline.logprobs, where it is wanted
     finished: tuple[Finished, ...] = ()
+    incarnation: int = 0  # of the worker
 
 
 class PromptLogprobs(Message, frozen=True):
@@ -704,6 +738,23 @@ class PromptLogprobs(Message, frozen=True):
 
     request_id: int
     rows: list[bytes]  # of pipeline.logprobs
+    incarnation: int = 0  # of the worker
+
+
+class Resumed(Message, frozen=True):
+    """scheduler -> tokenizer_workers: all that came of a request that was submitted again.
+
+    Tokens and PromptLogprobs go on from there. A request that the scheduler had not known starts
+    without this.
+    """
+
+    request_id: int
+    incarnation: int  # of the worker
+    token_ids: bytes
+    logprobs: list[bytes]  # of each token, if they are wanted: rows of pipeline.logprobs
+    prompt_logprobs: list[bytes]
+    first_token: float  # when it came, time.monotonic(); 0 if there is none
+    finished: Finished | None = None  # if it has ended
 
 
 # --- tokenizer_workers -> frontend ---------------------------------------------------------------
@@ -716,6 +767,7 @@ class Piece(Value, frozen=True):
     text: str
     tokens: tuple[TokenDetail, ...] = ()
     tool_calls: tuple[ToolCallPart, ...] = ()  # after the text
+    produced: int = 0  # tokens, in all: this and the pieces before it are what they have said
 
 
 class End(Value, frozen=True):
@@ -753,6 +805,8 @@ class Pieces(Message, frozen=True):
 
     pieces: list[Piece]
     ends: tuple[End, ...] = ()
+    worker: int = 0
+    incarnation: int = 0
 
 
 # --- each -> frontend ----------------------------------------------------------------------------
@@ -764,6 +818,7 @@ class ProcessReady(Message, frozen=True):
     process: str
     index: int = 0
     facts: dict[str, str | int | float | None] = {}
+    incarnation: int = 0  # time.monotonic_ns() at its start, of those that are told apart by it
 
 
 class Stats(Message, frozen=True):
@@ -805,11 +860,21 @@ ToFrontend = (
     | AdapterList
 )
 ToTokenizerWorker = (
-    Prompt | Tokenize | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+    Prompt
+    | Tokenize
+    | Rendered
+    | GrammarChecked
+    | Cancel
+    | Tokens
+    | PromptLogprobs
+    | Resumed
+    | Shutdown
 )
 ToScheduler = (
     Prefetch
     | Submit
+    | StillOpen
+    | EndsHeard
     | Cancel
     | WorkerReady
     | StepDone

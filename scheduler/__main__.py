@@ -16,6 +16,7 @@ from pipeline.messages import (
     AliasesTaken,
     ArenaReady,
     Cancel,
+    EndsHeard,
     GrammarCompiled,
     ListAdapters,
     Prefetch,
@@ -23,6 +24,7 @@ from pipeline.messages import (
     Shutdown,
     Stats,
     StepDone,
+    StillOpen,
     Submit,
     ToScheduler,
     WorkerReady,
@@ -99,7 +101,13 @@ class Loop:
             case GrammarCompiled():
                 self._core.grammar_compiled(message, now)
             case Submit():
+                self._meet(message.worker, message.incarnation)
                 self._core.submit(message, now)
+            case EndsHeard():
+                self._core.ends_heard(message, now)
+            case StillOpen():
+                self._meet(message.worker, message.incarnation)
+                self._core.still_open(message, now)
             case Cancel():
                 self._core.cancel(message, now)
             case Prefetch():
@@ -126,6 +134,12 @@ class Loop:
                 self._feeding.discard(message.index)
             case _:
                 assert_never(message)
+
+    def _meet(self, worker: int, incarnation: int) -> None:
+        """A tokenizer worker that is new gets nothing that was sent to its predecessors."""
+        if self._core.tokenizer_started(worker, incarnation):
+            self._empty_outbox()
+            self._outbox.drop("tokenizer_workers", worker)
 
     def _announce(self) -> None:
         facts = self._core.facts()

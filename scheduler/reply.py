@@ -9,17 +9,22 @@ class Reply:
     __slots__ = ("finished", "logprobs", "request_ids", "token_ids")
 
     def __init__(self) -> None:
+        self.clear()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.request_ids or self.finished)
+
+    def take(self, incarnation: int) -> Tokens:
+        """The message to this incarnation of the worker; then starts anew."""
+        message = Tokens(
+            self.request_ids, self.token_ids, self.logprobs, tuple(self.finished), incarnation
+        )
+        self.clear()
+        return message
+
+    def clear(self) -> None:
         self.request_ids: list[int] = []
         self.token_ids: list[int] = []
         self.logprobs: dict[int, bytes] = {}
         self.finished: list[Finished] = []
-
-    def take(self) -> Tokens | None:
-        """The message, or None if there is nothing to say; then starts anew."""
-        if not self.request_ids and not self.finished:
-            return None
-        message = Tokens(
-            self.request_ids, self.token_ids, self.logprobs, finished=tuple(self.finished)
-        )
-        self.request_ids, self.token_ids, self.logprobs, self.finished = [], [], {}, []
-        return message

@@ -1,0 +1,103 @@
+"""Which tokenizer worker hears of a request, and what has ended and may not have been heard: pure.
+
+A tokenizer worker that was started again has another incarnation than its predecessors. Their
+requests go on, but nobody is told of them until they have been submitted again; all that they have
+produced is said then. What has ended is kept for the same reason, until its frontend has its end.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from pipeline.messages import REQUEST_BITS, Finished, Resumed, Tokens
+from scheduler.reply import Reply
+from scheduler.sequence import Sequence
+
+NOBODY = -1  # in place of a worker
+MAX_ENDED = 1 << 14  # kept at once; frontends that live hear of an end before they admit as many
+
+
+class Listeners:
+    """The tokenizer workers.
+
+    replies  what each is to be told next; the last is what nobody is told
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.replies = [Reply() for _ in range(workers + 1)]
+        self._incarnations = [0] * workers
+        self._ended: dict[int, Resumed] = {}  # by request; those that ended first come first
+        self._worker_of: dict[int, int] = {}  # of what has ended
+        self._orphans: dict[int, int] = {}  # requests of predecessors, and of which worker
+
+    @property
+    def kept(self) -> int:
+        """How many have ended and are not known to have been heard."""
+        return len(self._ended)
+
+    def incarnation(self, worker: int) -> int:
+        return self._incarnations[worker]
+
+    def started(self, worker: int, incarnation: int, running: Iterable[Sequence]) -> bool:
+        """A worker has this incarnation. Whether that is news: nobody hears of what its
+        predecessors had among the `running`, and among what is kept."""
+        if incarnation <= self._incarnations[worker]:
+            return False
+        self._incarnations[worker] = incarnation
+        for sequence in running:
+            if sequence.worker == worker:
+                sequence.worker = NOBODY
+                self._orphans[sequence.request_id] = worker
+        for request_id, of in self._worker_of.items():
+            if of == worker:
+                self._orphans[request_id] = worker
+        return True
+
+    def resume(self, sequence: Sequence, worker: int) -> Resumed:
+        """It was submitted again by this worker, which is to be told this before all else."""
+        self._orphans.pop(sequence.request_id, None)
+        sequence.worker = worker
+        return sequence.resumed(self._incarnations[worker])
+
+    def ended(self, request_id: int, worker: int) -> Resumed | None:
+        """If what was submitted again by this worker has ended, what it is to be told."""
+        ended = self._ended.get(request_id)
+        if ended is None:
+            return None
+        self._orphans.pop(request_id, None)
+        self._worker_of[request_id] = worker
+        return msgspec.structs.replace(ended, incarnation=self._incarnations[worker])
+
+    def orphans(self, worker: int, frontend: int) -> list[int]:
+        """Requests of a worker's predecessors that were not submitted again."""
+        return [
+            request_id
+            for request_id, of in self._orphans.items()
+            if of == worker and request_id >> REQUEST_BITS == frontend
+        ]
+
+    def keep(self, sequence: Sequence, finished: Finished) -> None:
+        """It has ended; what it has said may have to be said again."""
+        self._ended[sequence.request_id] = sequence.resumed(0, finished)
+        self._worker_of[sequence.request_id] = sequence.worker
+        if len(self._ended) > MAX_ENDED:
+            self.forget(next(iter(self._ended)))
+
+    def forget(self, request_id: int) -> None:
+        """Nobody will ask for it again."""
+        self._ended.pop(request_id, None)
+        self._worker_of.pop(request_id, None)
+        self._orphans.pop(request_id, None)
+
+    def take(self) -> tuple[list[tuple[int, Tokens]], int]:
+        """What is to be said, to which worker; and how many tokens there were in all."""
+        said, tokens = [], 0
+        for worker, reply in enumerate(self.replies):
+            if reply.is_empty:
+                continue
+            tokens += len(reply.request_ids)
+            if worker < len(self._incarnations):
+                said.append((worker, reply.take(self._incarnations[worker])))
+            else:
+                reply.clear()
+        return said, tokens
