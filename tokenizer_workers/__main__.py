@@ -14,6 +14,7 @@ from pipeline.messages import (
     Prompt,
     PromptLogprobs,
     Rendered,
+    Resumed,
     Shutdown,
     Span,
     Spans,
@@ -52,6 +53,7 @@ class Worker:
 
     def __init__(self, settings: Settings, index: int, model: TextModel) -> None:
         self._index = index
+        self._incarnation = time.monotonic_ns()
         self._stats_seconds = settings.stats_seconds
         self._next_stats = time.monotonic()
         self._facts: dict[str, str | int | float | None] = {
@@ -69,6 +71,7 @@ class Worker:
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
             new_tool_decoder=model.new_tool_decoder,
+            incarnation=self._incarnation,
         )
         self._templates = StrangeTemplates(
             settings, PROCESS, index, model.template_limits, self.core.renders
@@ -76,8 +79,9 @@ class Worker:
         self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
+        ready = ProcessReady(PROCESS, self._index, self._facts, self._incarnation)
         for frontend in self.core.frontends:
-            self._outbox.send("frontend", ProcessReady(PROCESS, self._index, self._facts), frontend)
+            self._outbox.send("frontend", ready, frontend)
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
@@ -105,10 +109,12 @@ class Worker:
                 started = time.monotonic()
                 with ENCODE_SECONDS.time():
                     self.core.prompt(message, started)
-                if not self.core.renders(message.request_id):
+                if self.core.expects(message) and not self.core.renders(message.request_id):
                     self._trace(message, started)
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
+            case Resumed():
+                self.core.resumed(message, time.monotonic())
             case Tokenize():
                 self._outbox.send("frontend", self._tokenized(message), message.frontend)
             case Rendered():

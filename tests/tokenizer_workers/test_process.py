@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.channels import Inbox, Outbox
@@ -48,6 +49,7 @@ class Neighbours:
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
         self._outbox = Outbox(run_dir)
         self._arrived: list[Message] = []
+        self._incarnations: dict[int, int] = {}  # by worker
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
         with self._log.open("w") as log:
@@ -58,6 +60,15 @@ class Neighbours:
             )
 
     def send(self, message: Message, worker: int = 0) -> None:
+        """To the worker that is ready now."""
+        if isinstance(message, Prompt | Tokens):
+            while worker not in self._incarnations:
+                self._arrived += self.frontend.receive(timeout_ms=100)
+                assert self.process.poll() is None, self.log()
+                ready = [one for one in self._arrived if isinstance(one, ProcessReady)]
+                self._incarnations |= {one.index: one.incarnation for one in ready}
+            incarnation = self._incarnations[worker]
+            message = msgspec.structs.replace(message, incarnation=incarnation)
         self._outbox.send("tokenizer_workers", message, worker)
 
     def next(self, inbox: Inbox[Message], kind: type[Message]) -> Any:
@@ -69,6 +80,8 @@ class Neighbours:
             self._arrived += inbox.receive(timeout_ms=100)
             for message in self._arrived:
                 if isinstance(message, kind):
+                    if isinstance(message, ProcessReady):
+                        self._incarnations[message.index] = message.incarnation
                     self._arrived.remove(message)
                     return message
         raise AssertionError(f"no {kind.__name__} has come:\n{self.log()}")
@@ -112,7 +125,8 @@ def test_a_request_goes_from_prompt_to_end_and_the_worker_leaves_nothing(
 ) -> None:
     neighbours = start(stats_seconds=0.1)
     ready = neighbours.next(neighbours.frontend, ProcessReady)
-    assert ready == ProcessReady("tokenizer_workers", 0, {"max_total_tokens": 8192})
+    assert (ready.process, ready.index) == ("tokenizer_workers", 0)
+    assert ready.facts == {"max_total_tokens": 8192}
 
     neighbours.send(prompt(max_tokens=5))
     submit = neighbours.next(neighbours.scheduler, Submit)
@@ -157,7 +171,7 @@ def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
     ids = tokenizer.encode("Paris or London").ids
     for token_id in ids:
         neighbours.send(Tokens([1], [token_id], {}))
-    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1)
+    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1, stopped=True)
     text, ends = "", ()
     while not ends:
         pieces = neighbours.next(neighbours.frontend, Pieces)
