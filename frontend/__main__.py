@@ -123,6 +123,10 @@ async def serve(
                 if tracing is not None:
                     tracing.record(message)
             case ProcessReady():
+                if message.process == "tokenizer_workers":
+                    if downstream.is_new(message.index, message.incarnation):
+                        outbox.drop(message.process, message.index)
+                    downstream.worker_started(message.index, message.incarnation)
                 if processes.ready(message) and index == 0:
                     print(ready_line(settings, listener), flush=True)
             case Aliases():

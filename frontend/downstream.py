@@ -1,6 +1,7 @@
 """Sends requests on their way, and hands each task what comes back for its request."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,10 +9,12 @@ from contextlib import contextmanager, suppress
 
 import msgspec
 
+from frontend import metrics
 from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.calls import Part
 from frontend.exchange import ClientGone
+from frontend.open_prompts import OpenPrompts
 from frontend.questions import Questions
 from frontend.streams import Stream, Streams
 from pipeline.choices import request_ids
@@ -20,6 +23,7 @@ from pipeline.messages import (
     REQUEST_BITS,
     AliasesTaken,
     Cancel,
+    EndsHeard,
     Failure,
     FailureKind,
     Message,
@@ -28,12 +32,15 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     Shutdown,
+    StillOpen,
     Tokenized,
 )
 
 KEEP_ALIVE_SECONDS = 15.0
 LAST_WORDS_SECONDS = 1.0  # to send the ends of what the drain cut off
 CUT_OFF = Failure(503, FailureKind.SHUTDOWN, "The server shut down before the reply was complete")
+
+log = logging.getLogger(__name__)
 
 SendTo = Callable[[str, Message, int], None]  # process, message, index
 
@@ -58,6 +65,7 @@ class Reply:
         if keep_alive_seconds:
             self._timer = self._loop.call_later(keep_alive_seconds, self._check_quiet)
         self._streamed = bool(keep_alive_seconds)
+        self.prompts: list[tuple[Prompt, list[Stream]]] = []  # and the choices of each
         self.streams: list[Stream] = []  # by choice
         self._told: list[Stream] = []  # by choice, whose stream is told of its prompt
         for prompt in prompts:
@@ -65,6 +73,7 @@ class Reply:
                 streams.open(request_id, wake=self._wake, streamed=self._streamed)
                 for request_id in request_ids(prompt.request_id, prompt.choices)
             ]
+            self.prompts.append((prompt, own))
             self.streams += own
             self._told += own[:1] * len(own)
         self._only = self.streams[0] if len(self.streams) == 1 else None
@@ -153,6 +162,7 @@ class Downstream:
         self._send = send
         self._keep_alive_seconds = keep_alive_seconds
         self._streams = Streams()
+        self._prompts = OpenPrompts(settings.tokenizer_workers)
         self._worker_of: dict[int, int] = {}  # request id -> tokenizer worker
         # Another than before a restart, so that late pieces for a predecessor find nobody.
         self._counter = secrets.randbits(REQUEST_BITS - 1)
@@ -160,7 +170,33 @@ class Downstream:
         self._idle.set()
 
     def deliver(self, message: Pieces) -> None:
+        """Unless it is of a tokenizer worker that another has taken the place of: that one says it
+        again."""
+        if message.incarnation != self._prompts.incarnation(message.worker):
+            return
         self._streams.deliver(message)
+        if message.ends:
+            heard = [end.request_id for end in message.ends]
+            self._send("scheduler", EndsHeard(heard), 0)
+
+    def is_new(self, worker: int, incarnation: int) -> bool:
+        """Whether a tokenizer worker has taken the place of the one that is known."""
+        return incarnation > self._prompts.incarnation(worker)
+
+    def worker_started(self, worker: int, incarnation: int) -> None:
+        """Send it all that somebody waits for, if it is new. What its predecessor was to cancel is
+        cancelled by the scheduler, which is told of it here."""
+        prompts = self._prompts.started(worker, incarnation)
+        if prompts is None:
+            return
+        open_ids = self._prompts.open_ids(worker)
+        self._send("scheduler", StillOpen(self._index, worker, incarnation, open_ids), 0)
+        for prompt in prompts:
+            self._send("tokenizer_workers", prompt, worker)
+        self._questions.ask_again(worker)
+        if prompts:
+            metrics.REPEATED.inc(len(prompts))
+            log.info("event=repeated worker=%d requests=%d", worker, len(prompts))
 
     def tell_prompt(self, message: PromptDetails) -> None:
         self._streams.tell_prompt(message)
@@ -204,16 +240,19 @@ class Downstream:
         reply = Reply(self._streams, numbered, self._keep_alive_seconds if streamed else 0.0)
         for stream in reply.streams:
             self._worker_of[stream.request_id] = worker
+        added = [self._prompts.add(worker, prompt, own) for prompt, own in reply.prompts]
         try:
             if first.adapter is not None:
                 self.aliases.began(first.request_id, first.adapter)
                 prefetch = Prefetch(first.adapter, first.adapter_token, first.tenant, first.trace)
                 self._send("scheduler", prefetch, 0)
-            for prompt in numbered:
+            for prompt in added:
                 self._send("tokenizer_workers", prompt, worker)
             yield reply
         finally:
             reply.close()
+            for prompt in numbered:
+                self._prompts.remove(worker, prompt.request_id)
             for stream in reply.streams:
                 self._streams.close(stream.request_id)
                 del self._worker_of[stream.request_id]

@@ -383,6 +383,7 @@ class Scheduler:
         return Figures(
             requests_running=len(self._batch),
             requests_waiting=len(self._sequence_of) - len(self._batch),
+            replies_kept=self._listeners.kept,
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
             kv_block_tokens=self._batch.kv.block_tokens,
