@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,6 +25,7 @@ from pipeline.arena import arena_path, create
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -63,8 +65,10 @@ class Loader:
         arena: memoryview,
         inbox: Inbox[ToAdapterLoader],
         outbox: Outbox,
+        incarnation: Incarnation,
     ) -> None:
         self._settings = settings
+        self._incarnation = incarnation
         self._base = base
         self._sources = sources
         self._arena = arena
@@ -89,6 +93,7 @@ class Loader:
         self._loop.set_exception_handler(self._stop_broken)
         self._inbox.watch(self._loop, self._on_message)
         self._report_stats()
+        self._beat()
         try:
             self._loop.run_forever()
         finally:
@@ -221,6 +226,11 @@ class Loader:
             self._outbox.send("frontend", Stats(PROCESS, 0, snapshot()), index)
         self._loop.call_later(self._settings.stats_seconds, self._report_stats)
 
+    def _beat(self) -> None:
+        self._incarnation.beat()
+        if self._incarnation.beat_seconds < math.inf:
+            self._loop.call_later(self._incarnation.beat_seconds, self._beat)
+
     def _stop_broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self._broken = context.get("exception") or RuntimeError(context["message"])
         loop.stop()
@@ -235,7 +245,7 @@ def base_model(settings: Settings) -> BaseModel:
     return BaseModel(config.layers, config.module_shapes(), dtype)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     folder = run_folder(settings)
@@ -243,7 +253,7 @@ def main(settings: Settings, index: int) -> None:
     sources = enabled_sources(settings)
     path = arena_path(folder)
     arena = create(path, settings.arena_bytes)
-    inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, index, ToAdapterLoader)
+    inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, incarnation.index, ToAdapterLoader)
     outbox = Outbox(folder)
     try:
         loader = Loader(
@@ -253,11 +263,12 @@ def main(settings: Settings, index: int) -> None:
             arena=memoryview(arena),
             inbox=inbox,
             outbox=outbox,
+            incarnation=incarnation,
         )
         outbox.send("scheduler", ArenaReady(str(path), settings.arena_bytes))
         for frontend in range(settings.frontends):
             facts: dict[str, str | int | float | None] = {"arena_bytes": settings.arena_bytes}
-            outbox.send("frontend", ProcessReady(PROCESS, index, facts), frontend)
+            outbox.send("frontend", ProcessReady(PROCESS, incarnation.index, facts), frontend)
         gc.freeze()  # else each full collection looks at all of torch, with the lock of all threads
         loader.run()
     finally:

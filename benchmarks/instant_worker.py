@@ -14,6 +14,7 @@ from functools import partial
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
@@ -63,7 +64,8 @@ class InstantWorker:
         )
 
 
-def main(settings: Settings, index: int, *, step_seconds: float) -> None:
+def main(settings: Settings, incarnation: Incarnation, *, step_seconds: float) -> None:
+    index = incarnation.index
     run_dir = settings.run_folder()
     inbox: Inbox[ToGpuWorker] = Inbox(run_dir, NAME, index, ToGpuWorker)
     outbox = Outbox(run_dir)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -24,13 +25,15 @@ from frontend.downstream import Downstream
 from frontend.processes import Processes
 from frontend.tracing import make_tracing
 from pipeline.adapter_roots import find_local
-from pipeline.channels import Inbox, Outbox
+from pipeline.channels import PROCESSES, Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterList,
     AdminDone,
     Aliases,
+    PeerStarted,
     Pieces,
     ProcessReady,
     PromptDetails,
@@ -40,7 +43,7 @@ from pipeline.messages import (
     Tokenized,
 )
 from pipeline.metrics import snapshot
-from pipeline.process import run
+from pipeline.process import count, run
 
 PROCESS = "frontend"
 BACKLOG = 2048  # connections that wait to be accepted
@@ -52,12 +55,13 @@ EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # listened on -> reache
 log = logging.getLogger(__name__)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
+    index = incarnation.index
     listener = listen(settings)
-    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend, outbox)
     try:
-        uvloop.run(serve(settings, index, listener, inbox, outbox))
+        uvloop.run(serve(settings, incarnation, listener, inbox, outbox))
     finally:
         outbox.close()
         inbox.close()
@@ -86,12 +90,13 @@ def listen(settings: Settings) -> socket.socket:
 
 async def serve(
     settings: Settings,
-    index: int,
+    incarnation: Incarnation,
     listener: socket.socket,
     inbox: Inbox[ToFrontend],
     outbox: Outbox,
 ) -> None:
     """Serve until SIGTERM has come and all is drained."""
+    index = incarnation.index
     loop = asyncio.get_running_loop()
     processes = Processes(settings)
     downstream = Downstream(settings, index, outbox.send)
@@ -123,12 +128,11 @@ async def serve(
                 if tracing is not None:
                     tracing.record(message)
             case ProcessReady():
-                if message.process == "tokenizer_workers":
-                    if downstream.is_new(message.index, message.incarnation):
-                        outbox.drop(message.process, message.index)
-                    downstream.worker_started(message.index, message.incarnation)
                 if processes.ready(message) and index == 0:
                     print(ready_line(settings, listener), flush=True)
+            case PeerStarted():
+                if message.process == "tokenizer_workers" and message.again:
+                    downstream.worker_started(message.index)
             case Aliases():
                 downstream.aliases.replace(message)
             case AdminDone() | AdapterList():
@@ -138,7 +142,11 @@ async def serve(
 
     asked_to_stop = _on_sigterm(loop)
     inbox.watch(loop, receive)
-    beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
+    _greet(settings, outbox)
+    beside = [
+        asyncio.create_task(_report_to_others(settings, index, outbox)),
+        asyncio.create_task(_live(incarnation)),
+    ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
     server = Server(server_config(app))
@@ -195,6 +203,20 @@ async def _report_to_others(settings: Settings, index: int, outbox: Outbox) -> N
             outbox.send(PROCESS, Stats(PROCESS, index, snapshot()), other)
 
 
+def _greet(settings: Settings, outbox: Outbox) -> None:
+    """Whoever had to do with a predecessor starts over, and says what it is."""
+    for process in PROCESSES:
+        outbox.greet(process, count(process, settings))
+
+
+async def _live(incarnation: Incarnation) -> None:
+    """Give signs of life."""
+    incarnation.beat()
+    while incarnation.beat_seconds < math.inf:
+        await asyncio.sleep(incarnation.beat_seconds)
+        incarnation.beat()
+
+
 class Server(uvicorn.Server):
     """Signals are ours: uvicorn would stop listening on the first, while we still say 503."""
 
@@ -221,4 +243,4 @@ def server_config(app: Starlette) -> uvicorn.Config:
 
 
 if __name__ == "__main__":
-    run(PROCESS, main, count=lambda settings: settings.frontends)
+    run(PROCESS, main)

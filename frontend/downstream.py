@@ -170,27 +170,17 @@ class Downstream:
         self._idle.set()
 
     def deliver(self, message: Pieces) -> None:
-        """Unless it is of a tokenizer worker that another has taken the place of: that one says it
-        again."""
-        if message.incarnation != self._prompts.incarnation(message.worker):
-            return
         self._streams.deliver(message)
         if message.ends:
             heard = [end.request_id for end in message.ends]
             self._send("scheduler", EndsHeard(heard), 0)
 
-    def is_new(self, worker: int, incarnation: int) -> bool:
-        """Whether a tokenizer worker has taken the place of the one that is known."""
-        return incarnation > self._prompts.incarnation(worker)
-
-    def worker_started(self, worker: int, incarnation: int) -> None:
-        """Send it all that somebody waits for, if it is new. What its predecessor was to cancel is
-        cancelled by the scheduler, which is told of it here."""
-        prompts = self._prompts.started(worker, incarnation)
-        if prompts is None:
-            return
+    def worker_started(self, worker: int) -> None:
+        """A tokenizer worker was started again: send it all that somebody waits for. The scheduler
+        cancels what its predecessor may have been told to cancel."""
+        prompts = self._prompts.started(worker)
         open_ids = self._prompts.open_ids(worker)
-        self._send("scheduler", StillOpen(self._index, worker, incarnation, open_ids), 0)
+        self._send("tokenizer_workers", StillOpen(self._index, worker, open_ids), worker)
         for prompt in prompts:
             self._send("tokenizer_workers", prompt, worker)
         self._questions.ask_again(worker)
@@ -240,13 +230,14 @@ class Downstream:
         reply = Reply(self._streams, numbered, self._keep_alive_seconds if streamed else 0.0)
         for stream in reply.streams:
             self._worker_of[stream.request_id] = worker
-        added = [self._prompts.add(worker, prompt, own) for prompt, own in reply.prompts]
+        for prompt, own in reply.prompts:
+            self._prompts.add(worker, prompt, own)
         try:
             if first.adapter is not None:
                 self.aliases.began(first.request_id, first.adapter)
                 prefetch = Prefetch(first.adapter, first.adapter_token, first.tenant, first.trace)
                 self._send("scheduler", prefetch, 0)
-            for prompt in added:
+            for prompt in numbered:
                 self._send("tokenizer_workers", prompt, worker)
             yield reply
         finally:

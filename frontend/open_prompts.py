@@ -35,8 +35,8 @@ class OpenPrompt:
     def open_ids(self) -> list[int]:
         return [one.request_id for one in self._streams if not one.ended]
 
-    def again(self, incarnation: int) -> Prompt | None:
-        """To be sent to a worker with this incarnation; None if nobody waits for it, or if it has
+    def again(self) -> Prompt | None:
+        """To be sent to a worker that was started again; None if nobody waits for it, or if it has
         outlived too many workers already, and fails."""
         heard = tuple(GONE if one.ended else one.produced for one in self._streams)
         told = self._streams[0].prompt is not None
@@ -50,7 +50,6 @@ class OpenPrompt:
             return None
         return msgspec.structs.replace(
             self._prompt,
-            incarnation=incarnation,
             heard=heard,
             prompt_details=self._prompt.prompt_details and not told,
         )
@@ -61,25 +60,16 @@ class OpenPrompts:
 
     def __init__(self, workers: int) -> None:
         self._open: list[dict[int, OpenPrompt]] = [{} for _ in range(workers)]
-        self._incarnations = [0] * workers
 
-    def incarnation(self, worker: int) -> int:
-        return self._incarnations[worker]
-
-    def add(self, worker: int, prompt: Prompt, streams: Sequence[Stream]) -> Prompt:
-        """Gives it as it is to be sent."""
+    def add(self, worker: int, prompt: Prompt, streams: Sequence[Stream]) -> None:
         self._open[worker][prompt.request_id] = OpenPrompt(prompt, streams)
-        return msgspec.structs.replace(prompt, incarnation=self._incarnations[worker])
 
     def remove(self, worker: int, request_id: int) -> None:
         del self._open[worker][request_id]
 
-    def started(self, worker: int, incarnation: int) -> list[Prompt] | None:
-        """A worker has this incarnation: what it is to be sent again. None if that is no news."""
-        if incarnation <= self._incarnations[worker]:
-            return None
-        self._incarnations[worker] = incarnation
-        again = [one.again(incarnation) for one in self._open[worker].values()]
+    def started(self, worker: int) -> list[Prompt]:
+        """A worker was started again: what it is to be sent again."""
+        again = [one.again() for one in self._open[worker].values()]
         return [prompt for prompt in again if prompt is not None]
 
     def open_ids(self, worker: int) -> list[int]:

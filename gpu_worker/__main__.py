@@ -15,6 +15,7 @@ from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
@@ -37,11 +38,11 @@ COMPILING_MS = 1  # between two looks at whether a grammar is compiled
 COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies between steps
 
 
-def main(settings: Settings, index: int) -> None:
-    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, index, ToGpuWorker)
+def main(settings: Settings, incarnation: Incarnation) -> None:
+    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, incarnation.index, ToGpuWorker)
     outbox = Outbox(settings.run_folder())
     try:
-        Process(settings, index, inbox, outbox).run()
+        Process(settings, incarnation, inbox, outbox).run()
     finally:
         outbox.close()
         inbox.close()
@@ -51,10 +52,15 @@ class Process:
     """The worker between its sockets."""
 
     def __init__(
-        self, settings: Settings, index: int, inbox: Inbox[ToGpuWorker], outbox: Outbox
+        self,
+        settings: Settings,
+        incarnation: Incarnation,
+        inbox: Inbox[ToGpuWorker],
+        outbox: Outbox,
     ) -> None:
         self._settings = settings
-        self._index = index
+        self._incarnation = incarnation
+        self._index = index = incarnation.index
         self._inbox = inbox
         self._outbox = outbox
         self._launched: deque[Launched] = deque()
@@ -67,12 +73,14 @@ class Process:
     def run(self) -> None:
         """Until the scheduler says that no step will follow."""
         stats_due = time.monotonic()
+        self._incarnation.beat()
         while True:
             now = time.monotonic()
             if now >= stats_due:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
-            wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
+            wait = min(stats_due - now, self._incarnation.beat_seconds)
+            wait_ms = 0 if self._is_busy else int(wait * 1000) + 1
             if self._worker.grammars.is_compiling:
                 wait_ms = min(wait_ms, COMPILING_MS)
             messages = self._inbox.receive(wait_ms)
@@ -94,6 +102,8 @@ class Process:
                         assert_never(message)
             placed, done = self._send_placed(), self._send_done()
             self._send_compiled()
+            if done or not self._launched:  # else the device may hang, and we with it
+                self._incarnation.beat()
             if not (placed or done or messages or went_on or sampled) and self._is_busy:
                 time.sleep(POLL_SECONDS)
 

@@ -21,7 +21,7 @@ PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
 SECRETS = ("api_key", "admin_api_key", "watermark_key")  # settings that are shown to nobody
-NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
+NOT_SETTINGS = ("LORADEX_CONFIG", "LORADEX_INCARNATION")  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
 
@@ -259,6 +259,29 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     drain_seconds: Annotated[
         float, Meta(ge=0, description="time that running requests get after SIGTERM, seconds")
     ] = 30.0
+    hang_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time without a sign of life until a process is killed, seconds"),
+    ] = 30.0
+    restart_limit: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="starts of a process after its death, within restart_window_seconds, "
+            "before all ends",
+        ),
+    ] = 10
+    restart_window_seconds: Annotated[
+        float, Meta(gt=0, description="time that restart_limit is about, seconds")
+    ] = 300.0
+    restart_backoff_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="time before the second start within restart_window_seconds; doubles with "
+            "each, seconds",
+        ),
+    ] = 0.5
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0

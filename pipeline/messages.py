@@ -2,9 +2,6 @@
 
 Messages are frozen and flat; the first line of each says which edge it travels. Arrays are bytes
 of little-endian int32 unless a comment says otherwise. A new field goes last, with a default.
-
-An `incarnation` tells a tokenizer worker from its predecessors, see ProcessReady: what was meant
-for one of these is nothing to the worker, and what comes from one is nothing to others.
 """
 
 from enum import StrEnum
@@ -311,7 +308,6 @@ class Prompt(Message, frozen=True):
     grammar: Grammar | None = None
     tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
-    incarnation: int = 0  # of the worker that is to do it
     heard: Heard | None = None  # None: it is not sent again
 
 
@@ -340,6 +336,18 @@ class Cancel(Message, frozen=True):
 
     request_id: int
     stopped: bool = False  # its worker has ended it, and the frontend may not have heard it yet
+
+
+class StillOpen(Message, frozen=True):
+    """frontend -> tokenizer_workers -> scheduler: to a worker that was started again.
+
+    Nobody waits for any other request that this frontend had given to its predecessors. These
+    here follow once more.
+    """
+
+    frontend: int
+    worker: int
+    request_ids: list[int]
 
 
 class GrammarChecked(Message, frozen=True):
@@ -386,21 +394,7 @@ class Submit(Message, frozen=True):
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
     trace: str = ""  # as of the prompt
     grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
-    incarnation: int = 0  # of the worker
     heard: Heard | None = None  # as of the prompt
-
-
-class StillOpen(Message, frozen=True):
-    """frontend -> scheduler: a tokenizer worker was started again.
-
-    Nobody waits for any other request that this frontend had given to its predecessors. These here
-    are on their way to the worker once more.
-    """
-
-    frontend: int
-    worker: int
-    incarnation: int
-    request_ids: list[int]
 
 
 class EndsHeard(Message, frozen=True):
@@ -591,7 +585,7 @@ class Step(Message, frozen=True):
     prompt's last gives that of the token after it.
     """
 
-    step_id: int  # counts up from 1
+    step_id: int  # counts up
     decode_rows: bytes = b""
     prefill: bytes = b""  # int32[chunks, 3]: row, start, count
     block_rows: bytes = b""  # row block_rows[i] gets blocks[i] as its next block
@@ -604,7 +598,10 @@ class Step(Message, frozen=True):
 
 
 class WorkerReady(Message, frozen=True):
-    """gpu_worker -> scheduler: weights are loaded, steps may come."""
+    """gpu_worker -> scheduler: weights are loaded, steps may come.
+
+    From each incarnation, once to each of the scheduler. The device holds nothing of anybody.
+    """
 
     kv_blocks: int
     block_tokens: int
@@ -654,6 +651,23 @@ class LoadAdapter(Message, frozen=True):
     trace: str = ""  # of the request that it is asked for
 
 
+class Lease(Value, frozen=True):
+    """An extent of the arena that the scheduler has, of this adapter."""
+
+    adapter: AdapterKey
+    arena_offset: int
+    nbytes: int
+
+
+class Leased(Message, frozen=True):
+    """scheduler -> adapter_loader: what loaders before you have leased to me, and still is.
+
+    Comes before anything else, if there are such leases. Each ends with one ReleaseAdapter.
+    """
+
+    leases: tuple[Lease, ...]
+
+
 class ReleaseAdapter(Message, frozen=True):
     """scheduler -> adapter_loader: the extent of one AdapterStaged is not read any more."""
 
@@ -662,7 +676,10 @@ class ReleaseAdapter(Message, frozen=True):
 
 
 class ArenaReady(Message, frozen=True):
-    """adapter_loader -> scheduler: the arena exists, loads may come."""
+    """adapter_loader -> scheduler: the arena exists, loads may come.
+
+    From each incarnation, once to each of the scheduler.
+    """
 
     path: str
     nbytes: int
@@ -727,7 +744,6 @@ class Tokens(Message, frozen=True):
     token_ids: list[int]
     logprobs: dict[int, bytes]  # of token_ids[i], a row of pipeline.logprobs, where it is wanted
     finished: tuple[Finished, ...] = ()
-    incarnation: int = 0  # of the worker
 
 
 class PromptLogprobs(Message, frozen=True):
@@ -738,7 +754,6 @@ class PromptLogprobs(Message, frozen=True):
 
     request_id: int
     rows: list[bytes]  # of pipeline.logprobs
-    incarnation: int = 0  # of the worker
 
 
 class Resumed(Message, frozen=True):
@@ -749,7 +764,6 @@ class Resumed(Message, frozen=True):
     """
 
     request_id: int
-    incarnation: int  # of the worker
     token_ids: bytes
     logprobs: list[bytes]  # of each token, if they are wanted: rows of pipeline.logprobs
     prompt_logprobs: list[bytes]
@@ -805,8 +819,20 @@ class Pieces(Message, frozen=True):
 
     pieces: list[Piece]
     ends: tuple[End, ...] = ()
-    worker: int = 0
-    incarnation: int = 0
+
+
+# --- each -> itself ------------------------------------------------------------------------------
+
+
+class PeerStarted(Message, frozen=True):
+    """The inbox -> its process: what comes from now on is from another incarnation of a peer.
+
+    All that its predecessor was told and has not answered is lost, and so is what it knew.
+    """
+
+    process: str
+    index: int
+    again: bool  # there was one before it that this process has heard of
 
 
 # --- each -> frontend ----------------------------------------------------------------------------
@@ -818,7 +844,6 @@ class ProcessReady(Message, frozen=True):
     process: str
     index: int = 0
     facts: dict[str, str | int | float | None] = {}
-    incarnation: int = 0  # time.monotonic_ns() at its start, of those that are told apart by it
 
 
 class Stats(Message, frozen=True):
@@ -858,6 +883,7 @@ ToFrontend = (
     | Aliases
     | AdminDone
     | AdapterList
+    | PeerStarted
 )
 ToTokenizerWorker = (
     Prompt
@@ -865,9 +891,11 @@ ToTokenizerWorker = (
     | Rendered
     | GrammarChecked
     | Cancel
+    | StillOpen
     | Tokens
     | PromptLogprobs
     | Resumed
+    | PeerStarted
     | Shutdown
 )
 ToScheduler = (
@@ -887,7 +915,8 @@ ToScheduler = (
     | AdminCommand
     | AliasesTaken
     | ListAdapters
+    | PeerStarted
     | Shutdown
 )
-ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | PeerStarted | Shutdown
+ToAdapterLoader = LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter | PeerStarted | Shutdown

@@ -46,6 +46,7 @@ from pipeline.messages import (
     Failure,
     FailureKind,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
     PlaceAdapter,
     Prefetch,
@@ -85,7 +86,7 @@ class Adapters:
         self,
         *,
         policy: Policy,
-        send: Callable[[LoadAdapter | ReleaseAdapter | ForgetAdapter], None],
+        send: Callable[[LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter], None],
         load_seconds: float,
         revalidate_seconds: float,
     ) -> None:
@@ -103,6 +104,7 @@ class Adapters:
         self._without_room: list[Adapter] = []  # staged, not resident
         self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
+        self._loader_is_there = False
         self._uses = 0
         self.running_bytes = 0  # of those that sequences run with
         self.evictions = 0  # for others, since the start
@@ -145,8 +147,58 @@ class Adapters:
     def is_resident(self, key: AdapterKey) -> bool:
         return key in self._resident
 
-    def worker_ready(self, *, pool_bytes: int, slots: int) -> None:
+    # --- processes that start, for the first time or again ---
+
+    def worker_started(self, *, pool_bytes: int, slots: int, now: float) -> Failed:
+        """Its pool is empty, and nobody runs. To be called once those that ran wait again, if
+        there was a worker before. Returns those that fail with what cannot be had again."""
+        arriving = {placing.adapter for placing in self._arriving}
+        residents = list(self._resident.values())
         self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
+        self._resident.clear()
+        self._unpinned.clear()
+        self._arriving.clear()
+        self.running_bytes = 0
+        self._room_may_be_found = True
+        for adapter in residents:
+            adapter.extent = None
+            adapter.pins = adapter.running = 0
+            self._shut(adapter)
+            if adapter in arriving:  # so its lease is ours still
+                self._without_room.append(adapter)
+                self._policy.block(adapter.key)
+            else:
+                adapter.staged = None
+                adapter.in_doubt = False
+        failed: Failed = []
+        for adapter in sorted(residents, key=lambda one: one.is_outdated):  # what waits for these
+            failed += self._has_lost_its_place(adapter, now)
+        return failed
+
+    def loader_started(self) -> None:
+        """Tell it what is leased, ask for what is wanted, and have it forget what is to go."""
+        self._loader_is_there = True
+        leased = [*self._without_room, *(placing.adapter for placing in self._arriving)]
+        if leased:
+            self._send(Leased(tuple(one.lease() for one in leased)))
+        self._loads.loader_started()
+        for adapter in self._adapter_of.values():
+            if adapter.retiring and not self._is_held(adapter):
+                self._send(ForgetAdapter(adapter.key))
+
+    def _has_lost_its_place(self, adapter: Adapter, now: float) -> Failed:
+        """In the pool; it may be staged still. What is outdated cannot be had again."""
+        if adapter.retiring:
+            self._retire_further(adapter)
+        elif adapter.staged is not None:
+            if not adapter.is_waited_for:
+                self._give_up(adapter)
+        elif adapter.is_outdated:
+            self._forget(adapter)
+            return [(one, failures.adapter_changed(adapter.named)) for one in adapter.waiting]
+        else:
+            self._bring(adapter, now)
+        return []
 
     # --- who waits ---
 
@@ -230,13 +282,13 @@ class Adapters:
             return False
         return all(placing.adapter is not adapter for placing in self._arriving)
 
-    def keep(self, key: AdapterKey, fraction: float) -> bool:
+    def keep(self, key: AdapterKey, token: str | None, fraction: float) -> bool:
         """Do not evict this resident adapter; False if it took too much of the pool's bytes or
         slots, with what is kept already."""
         adapter = self._resident[key]
         if adapter.kept:
             return True
-        self._keep(adapter)
+        self._keep(adapter, token)
         pool = self._pool
         if self.kept_bytes > fraction * pool.nbytes or self.kept > fraction * pool.slots:
             self._unkeep(adapter)
@@ -253,8 +305,9 @@ class Adapters:
         self._room_may_be_found = True
         return True
 
-    def _keep(self, adapter: Adapter) -> None:
+    def _keep(self, adapter: Adapter, token: str | None) -> None:
         adapter.kept = True
+        adapter.kept_token = token
         self._kept.add(adapter)
 
     def _unkeep(self, adapter: Adapter) -> None:
@@ -292,7 +345,7 @@ class Adapters:
             self._needs_no_room(adapter)
             adapter.staged = None
             adapter.in_doubt = False  # as where it has left the pool
-        if not self._is_held(adapter):
+        if self._loader_is_there and not self._is_held(adapter):
             self._send(ForgetAdapter(adapter.key))
 
     def _is_held(self, adapter: Adapter) -> bool:
@@ -542,14 +595,10 @@ class Adapters:
         )
 
     def _evicted(self, adapter: Adapter, now: float) -> Failed:
-        """It is loaded again for those that wait. What is outdated cannot be had again."""
+        """It is loaded again for those that wait."""
         self.evictions += 1
         self._left_the_pool(adapter)
-        if adapter.is_outdated:
-            self._forget(adapter)
-            return [(one, failures.adapter_changed(adapter.named)) for one in adapter.waiting]
-        self._bring(adapter, now)
-        return []
+        return self._has_lost_its_place(adapter, now)
 
     def _take_out(self, adapter: Adapter) -> None:
         """Of the pool, for nobody in particular."""
@@ -571,8 +620,10 @@ class Adapters:
         if not adapter.is_waited_for:
             self._forget(adapter)
             return
-        if adapter.wants and adapter.asked_by is None and not adapter.retiring:
-            self._loads.load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
+        wanted = adapter.wants or adapter.kept
+        if wanted and adapter.asked_by is None and not adapter.retiring:
+            token = adapter.wants[0].token if adapter.wants else adapter.kept_token
+            self._loads.load(adapter, ADMINISTRATORS, token, now)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
             self._loads.want(adapter, tenant, now)
 
@@ -646,7 +697,7 @@ class Adapters:
         adapter.waiting = outdated.not_started()
         if outdated.kept:
             self._unkeep(outdated)
-            self._keep(adapter)
+            self._keep(adapter, outdated.kept_token)
         adapter.wants, outdated.wants = outdated.wants, []
         self._outdate(outdated)
         self._adapter_of[adapter.key] = adapter

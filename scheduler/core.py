@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pipeline.config import Settings
 from pipeline.messages import (
     GONE,
+    REQUEST_BITS,
     AdapterDescription,
     AdapterDropped,
     AdapterFailed,
@@ -62,7 +63,7 @@ from scheduler.figures import Figures
 from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
 from scheduler.listeners import NOBODY, Listeners
-from scheduler.policy import Policy
+from scheduler.policy import Policy, by_order
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
@@ -134,50 +135,61 @@ class Scheduler:
     # --- what happened ---
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
+        """The worker has started, and its device holds nothing of ours; perhaps after another,
+        from which nothing more is heard."""
         self._worker = message
         self._step_tokens = message.step_tokens
+        ran = self._take_back()
         self._batch = self._new_batch(
-            rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
-        )
-        self._adapters.worker_ready(
-            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
+            rows=message.rows,
+            kv_blocks=message.kv_blocks,
+            block_tokens=message.block_tokens,
+            preemptions=self._batch.preemptions,
         )
         self._grammars.worker_ready()
+        self._wait_anew(ran, now)
+        for sequence, failure in self._adapters.worker_started(
+            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots, now=now
+        ):
+            self._fail(sequence, failure, now)
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
         self._attach_arena()
 
     def arena_ready(self, message: ArenaReady) -> None:
+        """The loader has started; perhaps after another, whose leases it has to honour."""
         self._arena = message
+        self._catalogue.arena_is_new()
+        self._adapters.loader_started()
         self._attach_arena()
+
+    def frontend_started(self, frontend: int, now: float) -> None:
+        """A frontend was started again; nobody waits for what its predecessor had asked for."""
+        self._administration.frontend_started(frontend)
+        running = [one for one in self._sequence_of if one >> REQUEST_BITS == frontend]
+        for request_id in running + self._listeners.kept_of(frontend):
+            self.cancel(Cancel(request_id), now)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
         self._adapters.prefetch(message, now)
 
-    def tokenizer_started(self, worker: int, incarnation: int) -> bool:
-        """A tokenizer worker has this incarnation. Whether that is news."""
-        if incarnation > self._listeners.incarnation(worker):
-            self._flush()  # to its predecessor
-        return self._listeners.started(worker, incarnation, self._sequence_of.values())
+    def tokenizer_started(self, worker: int) -> None:
+        """A tokenizer worker was started again; from its predecessor nothing more is heard."""
+        self._listeners.started(worker, self._sequence_of.values())
 
     def still_open(self, message: StillOpen, now: float) -> None:
-        """A tokenizer worker was started again; what it may have cancelled before is gone."""
-        self.tokenizer_started(message.worker, message.incarnation)
-        if message.incarnation == self._listeners.incarnation(message.worker):
-            open_ids = frozenset(message.request_ids)
-            for request_id in self._listeners.orphans(message.worker, message.frontend):
-                if request_id not in open_ids:
-                    self.cancel(Cancel(request_id), now)
+        """What its predecessors may have been told to cancel is cancelled."""
+        open_ids = frozenset(message.request_ids)
+        for request_id in self._listeners.orphans(message.worker, message.frontend):
+            if request_id not in open_ids:
+                self.cancel(Cancel(request_id), now)
 
     def ends_heard(self, message: EndsHeard, now: float) -> None:
         for request_id in message.request_ids:
             self.cancel(Cancel(request_id), now)  # its worker may have ended it, and says so later
 
     def submit(self, message: Submit, now: float) -> None:
-        self.tokenizer_started(message.worker, message.incarnation)
-        if message.incarnation < self._listeners.incarnation(message.worker):
-            return  # it is submitted again, if anybody waits for it
         choices: Iterable[int] = range(message.choices)
         if message.heard is not None:
             choices = self._resume(message, message.heard)
@@ -495,11 +507,9 @@ class Scheduler:
         sequence.interrupted = None
 
     def _tell_prompt(self, sequence: Sequence, rows: list[bytes]) -> None:
-        worker = sequence.worker
-        if worker != NOBODY:
-            incarnation = self._listeners.incarnation(worker)
-            message = PromptLogprobs(sequence.request_id, rows, incarnation)
-            self._outbox.append(("tokenizer_workers", worker, message))
+        if sequence.worker != NOBODY:
+            message = PromptLogprobs(sequence.request_id, rows)
+            self._outbox.append(("tokenizer_workers", sequence.worker, message))
 
     def _flush(self) -> None:
         said, tokens = self._listeners.take()
@@ -557,14 +567,16 @@ class Scheduler:
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
-    def _new_batch(self, *, rows: int, kv_blocks: int, block_tokens: int) -> Batch:
+    def _new_batch(
+        self, *, rows: int, kv_blocks: int, block_tokens: int, preemptions: int = 0
+    ) -> Batch:
         kv = KvBlocks(
             blocks=kv_blocks,
             block_tokens=block_tokens,
             prefix_cache=self._settings.prefix_cache,
         )
         chunk_tokens = self._settings.prefill_chunk_tokens or self._step_tokens
-        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
+        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens, preemptions=preemptions)
 
     def _attach_arena(self) -> None:
         if self._worker is not None and self._arena is not None:
@@ -599,6 +611,31 @@ class Scheduler:
         usage = Usage(len(message.token_ids) // TOKEN_BYTES, 0)
         end = Finished(request_id, FinishReason.ERROR, usage, failures.reply_is_lost())
         self._listeners.replies[message.worker].finished.append(end)
+
+    # --- a worker that has died ---
+
+    def _take_back(self) -> list[Sequence]:
+        """All that runs, and what was in flight to it. Tokens that were told stay as they are."""
+        ran = sorted([*self._batch.give_up(), *self._resting], key=by_order)
+        for sequence in ran:
+            sequence.extent = None
+            if sequence.interrupted is None:
+                sequence.interrupted = self._step_done_at
+        self._resting.clear()
+        self._flights.clear()
+        self._placements.clear()
+        return ran
+
+    def _wait_anew(self, ran: list[Sequence], now: float) -> None:
+        """For those that have run, and for grammars, which no worker has compiled now."""
+        for sequence in list(self._sequence_of.values()):
+            if sequence.grammar and sequence.leader is None and not self._grammars.waits(sequence):
+                if sequence not in ran:
+                    self._adapters.leave(sequence)
+                self._grammars.wait(sequence)
+        for sequence in ran:
+            if not sequence.grammar:
+                self._adapters.join(sequence, now)
 
     # --- several choices of a prompt: the first computes it, the others find it in the cache ---
 

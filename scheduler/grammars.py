@@ -36,11 +36,15 @@ class Grammars:
         self._worker_is_ready = False
 
     def worker_ready(self) -> None:
-        """A worker that has compiled nothing yet."""
+        """A worker that has compiled nothing yet. Those that waited for one before `wait` again."""
         self._worker_is_ready = True
-        for source, grammar in self._grammar_of.items():
-            grammar.is_compiled = False
-            self._send(CompileGrammar(grammar.grammar_id, source))
+        for source, grammar in list(self._grammar_of.items()):
+            if not grammar.users:
+                del self._grammar_of[source]
+                del self._source_of[grammar.grammar_id]
+            elif grammar.grammar_id in self._source_of:  # it has not failed
+                grammar.is_compiled = False
+                self._send(CompileGrammar(grammar.grammar_id, source))
 
     def join(self, sequence: Sequence) -> bool:
         """A new sequence: whether it may start. If not, it waits, and `compiled` gives it back."""
@@ -66,6 +70,10 @@ class Grammars:
         if not grammar.is_compiled:
             grammar.waiting.append(sequence)
         return grammar.is_compiled
+
+    def waits(self, sequence: Sequence) -> bool:
+        """Whether it waits here."""
+        return sequence in self._grammar_of[sequence.grammar].waiting
 
     def compiled(self, grammar_id: int) -> list[Sequence]:
         """The worker has it: those that waited for it may start."""

@@ -1,13 +1,11 @@
 """Which tokenizer worker hears of a request, and what has ended and may not have been heard: pure.
 
-A tokenizer worker that was started again has another incarnation than its predecessors. Their
-requests go on, but nobody is told of them until they have been submitted again; all that they have
-produced is said then. What has ended is kept for the same reason, until its frontend has its end.
+When a tokenizer worker was started again the requests of its predecessors go on, but nobody is told
+of them until they have been submitted again; all that they have produced is said then. What has
+ended is kept for the same reason, until its frontend has its end.
 """
 
 from collections.abc import Iterable
-
-import msgspec
 
 from pipeline.messages import REQUEST_BITS, Finished, Resumed, Tokens
 from scheduler.reply import Reply
@@ -25,7 +23,6 @@ class Listeners:
 
     def __init__(self, workers: int) -> None:
         self.replies = [Reply() for _ in range(workers + 1)]
-        self._incarnations = [0] * workers
         self._ended: dict[int, Resumed] = {}  # by request; those that ended first come first
         self._worker_of: dict[int, int] = {}  # of what has ended
         self._orphans: dict[int, int] = {}  # requests of predecessors, and of which worker
@@ -35,15 +32,9 @@ class Listeners:
         """How many have ended and are not known to have been heard."""
         return len(self._ended)
 
-    def incarnation(self, worker: int) -> int:
-        return self._incarnations[worker]
-
-    def started(self, worker: int, incarnation: int, running: Iterable[Sequence]) -> bool:
-        """A worker has this incarnation. Whether that is news: nobody hears of what its
-        predecessors had among the `running`, and among what is kept."""
-        if incarnation <= self._incarnations[worker]:
-            return False
-        self._incarnations[worker] = incarnation
+    def started(self, worker: int, running: Iterable[Sequence]) -> None:
+        """A worker was started again: nobody hears of what its predecessors had among the
+        `running`, and among what is kept."""
         for sequence in running:
             if sequence.worker == worker:
                 sequence.worker = NOBODY
@@ -51,22 +42,20 @@ class Listeners:
         for request_id, of in self._worker_of.items():
             if of == worker:
                 self._orphans[request_id] = worker
-        return True
 
     def resume(self, sequence: Sequence, worker: int) -> Resumed:
         """It was submitted again by this worker, which is to be told this before all else."""
         self._orphans.pop(sequence.request_id, None)
         sequence.worker = worker
-        return sequence.resumed(self._incarnations[worker])
+        return sequence.resumed()
 
     def ended(self, request_id: int, worker: int) -> Resumed | None:
         """If what was submitted again by this worker has ended, what it is to be told."""
         ended = self._ended.get(request_id)
-        if ended is None:
-            return None
-        self._orphans.pop(request_id, None)
-        self._worker_of[request_id] = worker
-        return msgspec.structs.replace(ended, incarnation=self._incarnations[worker])
+        if ended is not None:
+            self._orphans.pop(request_id, None)
+            self._worker_of[request_id] = worker
+        return ended
 
     def orphans(self, worker: int, frontend: int) -> list[int]:
         """Requests of a worker's predecessors that were not submitted again."""
@@ -78,10 +67,13 @@ class Listeners:
 
     def keep(self, sequence: Sequence, finished: Finished) -> None:
         """It has ended; what it has said may have to be said again."""
-        self._ended[sequence.request_id] = sequence.resumed(0, finished)
+        self._ended[sequence.request_id] = sequence.resumed(finished)
         self._worker_of[sequence.request_id] = sequence.worker
         if len(self._ended) > MAX_ENDED:
             self.forget(next(iter(self._ended)))
+
+    def kept_of(self, frontend: int) -> list[int]:
+        return [one for one in self._ended if one >> REQUEST_BITS == frontend]
 
     def forget(self, request_id: int) -> None:
         """Nobody will ask for it again."""
@@ -96,8 +88,7 @@ class Listeners:
             if reply.is_empty:
                 continue
             tokens += len(reply.request_ids)
-            if worker < len(self._incarnations):
-                said.append((worker, reply.take(self._incarnations[worker])))
-            else:
-                reply.clear()
+            message = reply.take()
+            if reply is not self.replies[NOBODY]:
+                said.append((worker, message))
         return said, tokens

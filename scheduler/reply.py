@@ -9,21 +9,19 @@ class Reply:
     __slots__ = ("finished", "logprobs", "request_ids", "token_ids")
 
     def __init__(self) -> None:
-        self.clear()
+        self._clear()
 
     @property
     def is_empty(self) -> bool:
         return not (self.request_ids or self.finished)
 
-    def take(self, incarnation: int) -> Tokens:
-        """The message to this incarnation of the worker; then starts anew."""
-        message = Tokens(
-            self.request_ids, self.token_ids, self.logprobs, tuple(self.finished), incarnation
-        )
-        self.clear()
+    def take(self) -> Tokens:
+        """The message; then starts anew."""
+        message = Tokens(self.request_ids, self.token_ids, self.logprobs, tuple(self.finished))
+        self._clear()
         return message
 
-    def clear(self) -> None:
+    def _clear(self) -> None:
         self.request_ids: list[int] = []
         self.token_ids: list[int] = []
         self.logprobs: dict[int, bytes] = {}

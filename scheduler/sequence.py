@@ -127,11 +127,10 @@ class Sequence:
             return wanted
         return Logprobs(wanted.top)
 
-    def resumed(self, incarnation: int, finished: Finished | None = None) -> Resumed:
+    def resumed(self, finished: Finished | None = None) -> Resumed:
         """All that it has said, and its end, for a tokenizer worker that has not heard it."""
         return Resumed(
             request_id=self.request_id,
-            incarnation=incarnation,
             token_ids=self.token_ids[self.prompt_tokens :].tobytes(),
             logprobs=self.logprob_rows[:],
             prompt_logprobs=self.prompt_logprob_rows[:],

@@ -130,8 +130,9 @@ def test_no_installed_distribution_owns_a_name_of_ours() -> None:
 
 
 def test_each_process_is_a_folder_a_module_and_a_line_of_the_procfile() -> None:
+    start = "exec python -m pipeline.keep_alive"
     lines = (ROOT / "procfile").read_text().splitlines()
-    assert sorted(lines) == sorted(f"{name}: exec python -m {name}" for name in PROCESSES)
+    assert sorted(lines) == sorted(f"{name}: {start} {name}" for name in PROCESSES)
     for name in PROCESSES:
         assert (ROOT / name / "__main__.py").is_file()
 

@@ -9,6 +9,7 @@ import adapter_loader.loading
 import adapter_loader.metrics
 import adapter_loader.remote.disk_cache
 import frontend.metrics
+import pipeline.process
 import tokenizer_workers.__main__
 from adapter_loader.core import Core
 from frontend.metric_aliases import LORAX, UNTYPED, VLLM, Alias, Computed, Facts
@@ -28,6 +29,7 @@ def collectors() -> dict[str, list[Collector]]:
     arena = adapter_loader.metrics.ArenaCollector(Core(arena_bytes=4096, load_seconds=1))
     loading = (adapter_loader.loading, adapter_loader.metrics, adapter_loader.remote.disk_cache)
     return {
+        "Every process": found_in(pipeline.process),
         "frontend": found_in(frontend.metrics),
         "tokenizer_workers": found_in(tokenizer_workers.__main__),
         "scheduler": [

@@ -7,9 +7,11 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     GrammarChecked,
+    PeerStarted,
     ProcessReady,
     Prompt,
     PromptLogprobs,
@@ -19,6 +21,7 @@ from pipeline.messages import (
     Span,
     Spans,
     Stats,
+    StillOpen,
     Tokenize,
     Tokens,
     ToTokenizerWorker,
@@ -39,9 +42,9 @@ OPEN_REQUESTS = Gauge(
 )
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     model = load(settings)
-    worker = Worker(settings, index, model)
+    worker = Worker(settings, incarnation, model)
     worker.announce()
     while worker.core.frontends:
         worker.turn()
@@ -51,17 +54,18 @@ def main(settings: Settings, index: int) -> None:
 class Worker:
     """A core and its sockets."""
 
-    def __init__(self, settings: Settings, index: int, model: TextModel) -> None:
-        self._index = index
-        self._incarnation = time.monotonic_ns()
+    def __init__(self, settings: Settings, incarnation: Incarnation, model: TextModel) -> None:
+        self._incarnation = incarnation
+        self._index = index = incarnation.index
         self._stats_seconds = settings.stats_seconds
         self._next_stats = time.monotonic()
-        self._facts: dict[str, str | int | float | None] = {
-            "max_total_tokens": model.max_total_tokens
-        }
+        facts: dict[str, str | int | float | None] = {"max_total_tokens": model.max_total_tokens}
+        self._ready = ProcessReady(PROCESS, index, facts)
         run_dir = settings.run_folder()
-        self._inbox: Inbox[ToTokenizerWorker] = Inbox(run_dir, PROCESS, index, ToTokenizerWorker)
-        self._outbox = Outbox(run_dir)
+        self._outbox = Outbox(run_dir, incarnation)
+        self._inbox: Inbox[ToTokenizerWorker] = Inbox(
+            run_dir, PROCESS, index, ToTokenizerWorker, self._outbox
+        )
         self._tokenized = model.encoder.tokenized
         self.core = Core(
             worker=index,
@@ -71,7 +75,6 @@ class Worker:
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
             new_tool_decoder=model.new_tool_decoder,
-            incarnation=self._incarnation,
         )
         self._templates = StrangeTemplates(
             settings, PROCESS, index, model.template_limits, self.core.renders
@@ -79,17 +82,22 @@ class Worker:
         self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
-        ready = ProcessReady(PROCESS, self._index, self._facts, self._incarnation)
+        """Greets the scheduler too, whether anybody has something for it or not."""
+        self._outbox.greet("scheduler")
+        self._outbox.greet("frontend", len(self.core.frontends))
         for frontend in self.core.frontends:
-            self._outbox.send("frontend", ready, frontend)
+            self._outbox.send("frontend", self._ready, frontend)
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
+        self._incarnation.beat()
         wait = max(0.0, self._next_stats - time.monotonic())
+        wait = min(wait, self._incarnation.beat_seconds)
         for message in self._inbox.receive(timeout_ms=int(wait * 1000) + 1):
             if isinstance(message, Prompt):
                 self._send()  # nobody waits for the text of others to be encoded
             self._tell(message)
+            self._incarnation.beat()
         self._send()
         if time.monotonic() >= self._next_stats:
             self._report()
@@ -109,7 +117,7 @@ class Worker:
                 started = time.monotonic()
                 with ENCODE_SECONDS.time():
                     self.core.prompt(message, started)
-                if self.core.expects(message) and not self.core.renders(message.request_id):
+                if not self.core.renders(message.request_id):
                     self._trace(message, started)
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
@@ -125,10 +133,24 @@ class Worker:
                 self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
+            case StillOpen():
+                self.core.still_open(message)
+            case PeerStarted():
+                self._peer_started(message)
             case Shutdown():
                 self.core.shutdown(message.index)
             case _:
                 assert_never(message)
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Who was started for the first time has been sent what waited for it."""
+        if not message.again:
+            return
+        if message.process == "frontend":
+            self.core.frontend_started(message.index)
+            self._outbox.send("frontend", self._ready, message.index)
+        if message.process == "scheduler":
+            self.core.scheduler_started(time.monotonic())
 
     def _trace(self, prompt: Prompt, started: float) -> None:
         """It has been encoded, or it cannot be."""
@@ -153,4 +175,4 @@ class Worker:
 
 
 if __name__ == "__main__":
-    run(PROCESS, main, count=lambda settings: settings.tokenizer_workers)
+    run(PROCESS, main)

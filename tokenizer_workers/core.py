@@ -34,6 +34,7 @@ from pipeline.messages import (
     Rendered,
     Resumed,
     Shutdown,
+    StillOpen,
     Submit,
     TokenDetail,
     Tokens,
@@ -49,6 +50,9 @@ from tokenizer_workers.stop_strings import StopStrings
 from tokenizer_workers.tool_calls import Said, ToolCallParser
 
 PROCESS = "tokenizer_workers"
+SCHEDULER_DIED = Failure(
+    503, FailureKind.INTERNAL, "the scheduler has died and was started again; please retry"
+)
 
 
 class ToPeer(msgspec.Struct, frozen=True):
@@ -56,7 +60,7 @@ class ToPeer(msgspec.Struct, frozen=True):
 
     process: str
     index: int
-    message: Submit | Cancel | Shutdown | PromptDetails | Pieces
+    message: Submit | Cancel | StillOpen | Shutdown | PromptDetails | Pieces
 
 
 class _Outgoing:
@@ -95,7 +99,7 @@ class _Outgoing:
         self.unsay(request)
         self.prompts = [one for one in self.prompts if one.request_id != request.request_id]
 
-    def take(self, worker: int, incarnation: int) -> Pieces | None:
+    def take(self) -> Pieces | None:
         if not (self.texts or self.ends):
             return None
         if self.details or self.tool_calls:
@@ -115,7 +119,7 @@ class _Outgoing:
                 Piece(request.request_id, text, (), (), request.completion_tokens)
                 for request, text in self.texts.items()
             ]
-        message = Pieces(pieces, tuple(self.ends), worker, incarnation)
+        message = Pieces(pieces, tuple(self.ends))
         self.texts = {}
         self.ends = []
         return message
@@ -184,7 +188,6 @@ class Core:
     """The requests of one tokenizer worker.
 
     worker             its index
-    incarnation        of it; what is meant for another is dropped
     frontends          how many feed it
     encode             raises RequestError
     new_decoder        makes what decodes a reply's text
@@ -205,12 +208,10 @@ class Core:
         new_token_decoder: Callable[[], TextDecoder],
         vocabulary: Vocabulary,
         new_tool_decoder: Callable[[], TextDecoder],
-        incarnation: int = 0,
     ) -> None:
         self._new_tool_decoder = new_tool_decoder
         self._grammars = CheckedGrammars()
         self._worker = worker
-        self._incarnation = incarnation
         self._encode = encode
         self._new_decoder = new_decoder
         self._new_token_decoder = new_token_decoder
@@ -218,7 +219,7 @@ class Core:
         self._requests: dict[int, _Request] = {}
         self._renderings = Renderings()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
-        self._to_scheduler: list[Submit | Cancel | Shutdown] = []
+        self._to_scheduler: list[Submit | Cancel | StillOpen | Shutdown] = []
 
     @property
     def requests(self) -> int:
@@ -232,8 +233,6 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
-        if not self.expects(prompt):
-            return
         if prompt.chat is not None and prompt.chat_options.template:
             self._renderings.add(prompt)
             return
@@ -246,10 +245,6 @@ class Core:
             outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
             return
         self._submit(prompt, encoded)
-
-    def expects(self, prompt: Prompt) -> bool:
-        """Whether it is meant for this worker. If not, it comes again, if anybody waits for it."""
-        return prompt.incarnation == self._incarnation
 
     def take_checks(self) -> list[str]:
         """Grammars to be compiled beside all this; each is answered by `grammar_checked`."""
@@ -289,7 +284,6 @@ class Core:
                 stop_token_ids=prompt.stop_token_ids,
                 trace=prompt.trace,
                 grammar=encoded.grammar,
-                incarnation=self._incarnation,
                 heard=prompt.heard,
             )
         )
@@ -328,8 +322,6 @@ class Core:
 
     def tokens(self, message: Tokens, now: float) -> None:
         """The tokens of a step. Those of requests that are over here are dropped."""
-        if message.incarnation != self._incarnation:
-            return  # they come again
         requests = self._requests
         for at, (request_id, token_id) in enumerate(
             zip(message.request_ids, message.token_ids, strict=True)
@@ -360,7 +352,7 @@ class Core:
         """All tokens of a request that its predecessor had. What the frontend knows is not said
         again."""
         request = self._requests.get(message.request_id)
-        if request is None or message.incarnation != self._incarnation:
+        if request is None:
             return
         self._add_to_prompt(request, message.prompt_logprobs)
         request.first_token_at = message.first_token
@@ -376,22 +368,40 @@ class Core:
     ) -> None:
         request_ids = [request.request_id] * len(token_ids)
         rows = dict(enumerate(logprobs))
-        self.tokens(Tokens(request_ids, token_ids, rows, (), self._incarnation), now)
+        self.tokens(Tokens(request_ids, token_ids, rows), now)
 
     def prompt_logprobs(self, message: PromptLogprobs) -> None:
         """When the last have come, so have all details of the prompt."""
         request = self._requests.get(message.request_id)
-        if request is not None and message.incarnation == self._incarnation:
+        if request is not None:
             self._add_to_prompt(request, message.rows)
 
-    def shutdown(self, frontend: int) -> None:
-        """A frontend has gone; when all have, the scheduler is told."""
-        if self._outgoing.pop(frontend, None) is None:
-            return  # a predecessor was told so too
+    def still_open(self, message: StillOpen) -> None:
+        """The scheduler is told before these prompts are submitted again."""
+        self._to_scheduler.append(message)
+
+    def frontend_started(self, frontend: int) -> None:
+        """A frontend was started again; nobody waits for what its predecessor had asked for."""
         self._renderings.forget(frontend)
         self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
+        outgoing = self._outgoing.get(frontend)
+        if outgoing is not None:
+            outgoing.ends.clear()
+
+    def scheduler_started(self, now: float) -> None:
+        """The scheduler was started again, and knows nothing of what its predecessor worked on."""
+        for request_id, request in self._requests.items():
+            request.outgoing.ends.append(
+                End(request_id, FinishReason.ERROR, request.usage(now), SCHEDULER_DIED)
+            )
+        self._requests.clear()
+
+    def shutdown(self, frontend: int) -> None:
+        """A frontend has gone; when all have, the scheduler is told."""
+        self.frontend_started(frontend)
+        self._outgoing.pop(frontend, None)  # it may have told the predecessor too
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))
 
@@ -402,7 +412,7 @@ class Core:
         for index, outgoing in self._outgoing.items():
             messages += [ToPeer("frontend", index, prompt) for prompt in outgoing.prompts]
             outgoing.prompts = []
-            pieces = outgoing.take(self._worker, self._incarnation)
+            pieces = outgoing.take()
             if pieces is not None:
                 messages.append(ToPeer("frontend", index, pieces))
         return messages

@@ -50,10 +50,10 @@ class Frontend:
         self._outbox = Outbox(self.run_dir)
         self._received: list[ToTokenizerWorker] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "frontend"],
+            [sys.executable, "-m", "pipeline.keep_alive", "frontend"],
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # so that all frontends get a signal, as honcho sends it
+            start_new_session=True,  # as honcho does, which sends signals to all of it
             env={**os.environ, **{f"LORADEX_{k}": str(v) for k, v in environment.items()}},
         )
 

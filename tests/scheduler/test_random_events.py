@@ -31,6 +31,7 @@ requests = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "tenant": st.sampled_from(("", "one", "another")),
         "choices": st.sampled_from((1, 1, 1, 2, 4)),
+        "grammar": st.sampled_from(("", "", "", "one", "another")),
         "logprobs": st.sampled_from((None, None, Logprobs(), Logprobs(1, prompt_top=1))),
     }
 )
@@ -70,7 +71,7 @@ class AnyOrder(RuleBasedStateMachine):
             **sizes,
         )
         self.workers = workers
-        self.dead: set[int] = set()  # tokenizer workers that nobody knows to be back
+        self.away: set[int] = set()  # tokenizer workers that do not work yet
         self.worker_is_ready = self.arena_is_ready = started
 
     @precondition(lambda self: not self.worker_is_ready)
@@ -85,18 +86,28 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.arena_ready()
         self.arena_is_ready = True
 
+    @precondition(lambda self: self.worker_is_ready)
+    @rule(kv_blocks=st.sampled_from((16, 20)))
+    def worker_dies(self, kv_blocks: int) -> None:
+        self.world.restart_worker(kv_blocks=kv_blocks)
+
+    @precondition(lambda self: self.arena_is_ready)
+    @rule()
+    def loader_dies(self) -> None:
+        self.world.restart_loader()
+
     @rule(burst=st.lists(requests, min_size=1, max_size=6))
     def submit(self, burst: list[dict[str, Any]]) -> None:
         for request in burst:
             worker = len(self.world.requests) % self.workers
-            self.world.submit(worker=worker, is_lost=worker in self.dead, **request)
+            self.world.submit(worker=worker, is_lost=worker in self.away, **request)
 
     @precondition(lambda self: self.world.requests)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         request_id = data.draw(st.integers(1, len(self.world.requests)))
-        is_dead = self.world.requests[request_id].worker in self.dead
-        is_lost = is_dead and request_id in self.world.unheard
+        is_away = self.world.requests[request_id].worker in self.away
+        is_lost = is_away and request_id in self.world.unheard
         self.world.cancel(request_id, is_lost=is_lost)
 
     @precondition(lambda self: self._running())
@@ -120,19 +131,29 @@ class AnyOrder(RuleBasedStateMachine):
     def kill_tokenizer(self, data: st.DataObject) -> None:
         worker = data.draw(st.integers(0, self.workers - 1))
         self.world.kill_tokenizer(worker)
-        self.dead.add(worker)
+        self.away.add(worker)
 
-    @precondition(lambda self: self.dead)
+    @precondition(lambda self: self.world.dead)
     @rule(data=st.data())
-    def tell_of_tokenizer(self, data: st.DataObject) -> None:
-        worker = data.draw(st.sampled_from(sorted(self.dead)))
-        self.world.tell_of_tokenizer(worker)
-        self.dead.discard(worker)
+    def meet_tokenizer(self, data: st.DataObject) -> None:
+        self.world.meet_tokenizer(data.draw(st.sampled_from(sorted(self.world.dead))))
 
-    @precondition(lambda self: self.world.unheard)
+    @precondition(lambda self: self.away - self.world.dead)
+    @rule(data=st.data())
+    def still_open(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.away - self.world.dead)))
+        self.world.still_open(worker)
+        self.away.discard(worker)
+
+    @precondition(lambda self: self._forgotten())
     @rule(data=st.data())
     def submit_again(self, data: st.DataObject) -> None:
-        self.world.submit_again(data.draw(st.sampled_from(sorted(self.world.unheard))))
+        self.world.submit_again(data.draw(st.sampled_from(self._forgotten())))
+
+    def _forgotten(self) -> list[int]:
+        """What tokenizer workers that work are yet to submit again."""
+        world = self.world
+        return sorted(one for one in world.unheard if world.requests[one].worker not in self.away)
 
     @rule(
         verb=st.sampled_from(AdminVerb),
@@ -190,6 +211,11 @@ class AnyOrder(RuleBasedStateMachine):
             if self.world.worker.steps:
                 self.world.step(arrivals=arrivals)
 
+    @precondition(lambda self: self.world.compiling)
+    @rule(error=st.sampled_from(("", "", "", "it is too complex")))
+    def compile(self, error: str) -> None:
+        self.world.compile(error)
+
     @precondition(lambda self: self.world.worker.placing)
     @rule()
     def arrive(self) -> None:
@@ -204,7 +230,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world, figures = self.world, self.world.core.figures()
-        if not (self.dead or world.unheard):
+        if not (self.away or world.unheard):
             gone = len(world.finished) + len(world.cancelled)
             assert figures.requests_running + figures.requests_waiting == len(world.requests) - gone
             assert figures.replies_kept == len(world.finished.keys() - world.heard)
@@ -218,8 +244,9 @@ class AnyOrder(RuleBasedStateMachine):
             self.worker_ready()
         if not self.arena_is_ready:
             self.arena_ready()
-        for worker in self.dead:
-            self.world.tell_of_tokenizer(worker)
+        for worker in self.away:
+            self.world.meet_tokenizer(worker)
+            self.world.still_open(worker)
         while self.world.unheard:
             self.world.submit_again(min(self.world.unheard))
         self.world.run()

@@ -29,6 +29,7 @@ from pipeline.messages import (
     FinishReason,
     ForgetAdapter,
     GrammarCompiled,
+    Leased,
     ListAdapters,
     LoadAdapter,
     Logprobs,
@@ -63,7 +64,7 @@ class Loader(Protocol):
     @property
     def arena(self) -> Mapping[int, str]: ...
 
-    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None: ...
+    def send(self, message: LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter) -> None: ...
 
 
 class World:
@@ -91,16 +92,13 @@ class World:
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
-        self.worker = FakeWorker(
-            arena=self._to_loader.arena,
-            rows=self.settings.rows,
-            kv_blocks=kv_blocks,
-            block_tokens=block_tokens,
-            pool_bytes=pool_bytes,
-            slots=slots,
-            step_tokens=self.settings.step_tokens,
-            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
-        )
+        self._sizes = {
+            "kv_blocks": kv_blocks,
+            "block_tokens": block_tokens,
+            "pool_bytes": pool_bytes,
+            "slots": slots,
+        }
+        self.worker = self._new_worker(**self._sizes)
         self.now = 0.0
         self.sent: list[Envelope] = []  # all that ever left the outbox
         self.requests: dict[int, Submit] = {}
@@ -111,7 +109,7 @@ class World:
         self.cancelled: set[int] = set()
         self.heard: set[int] = set()  # ends that came to their frontend
         self.stopped: set[int] = set()  # by their tokenizer worker
-        self.incarnations = [0] * self.settings.tokenizer_workers
+        self.dead: set[int] = set()  # tokenizer workers
         self.unheard: set[int] = set()  # what a worker that died had, until it is submitted again
         self.before: dict[int, list[int]] = {}  # tokens that it had
         self.commands: dict[int, AdminCommand] = {}
@@ -124,6 +122,15 @@ class World:
             self.worker_ready()
             self.arena_ready()
 
+    def _new_worker(self, **sizes: int) -> FakeWorker:
+        return FakeWorker(
+            arena=self._to_loader.arena,
+            rows=self.settings.rows,
+            step_tokens=self.settings.step_tokens,
+            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
+            **sizes,
+        )
+
     # --- what happens ---
 
     def worker_ready(self) -> None:
@@ -133,6 +140,19 @@ class World:
     def arena_ready(self) -> None:
         self.core.arena_ready(ArenaReady("/dev/shm/arena", 1 << 20))
         self.settle()
+
+    def restart_worker(self, **sizes: int) -> None:
+        """Another takes its place; what it had in flight is answered by nobody."""
+        self.worker = self._new_worker(**{**self._sizes, **sizes})
+        self.compiling.clear()
+        self.arena_attached = False
+        self.worker_ready()
+
+    def restart_loader(self) -> None:
+        """Another takes its place; what it was asked is answered by nobody."""
+        self.loader.start_over()
+        self.arena_ready()
+        self.loader.reuse()
 
     def submit(
         self,
@@ -167,7 +187,6 @@ class World:
             choices=choices,
             trace=trace,
             grammar=grammar,
-            incarnation=self.incarnations[worker],
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request
@@ -207,7 +226,7 @@ class World:
 
     def kill_tokenizer(self, worker: int) -> None:
         """Nobody knows what it knew; the frontends have what they have heard of."""
-        self.incarnations[worker] += 1
+        self.dead.add(worker)
         for request_id, request in self.requests.items():
             over = request_id in self.cancelled or request_id in self.heard
             if request.worker == worker and not over:
@@ -220,11 +239,16 @@ class World:
                 self.logprobs[request_id] = []
                 self.prompt_logprobs[request_id] = []
 
-    def tell_of_tokenizer(self, worker: int) -> None:
-        """That it was started again, and what it is going to submit."""
+    def meet_tokenizer(self, worker: int) -> None:
+        """It was started again."""
+        self.dead.discard(worker)
+        self.core.tokenizer_started(worker)
+        self.settle()
+
+    def still_open(self, worker: int) -> None:
+        """What it is going to submit again."""
         of_worker = [one for one in self.unheard if self.requests[one].worker == worker]
-        message = StillOpen(0, worker, self.incarnations[worker], of_worker)
-        self.core.still_open(message, self.now)
+        self.core.still_open(StillOpen(0, worker, of_worker), self.now)
         self.settle()
 
     def submit_again(self, request_id: int) -> None:
@@ -233,10 +257,7 @@ class World:
         ids = request_ids(request.request_id, request.choices)
         heard = tuple(len(self.before.get(one, [])) if one in self.unheard else GONE for one in ids)
         self.unheard -= {*ids}
-        again = msgspec.structs.replace(
-            request, incarnation=self.incarnations[request.worker], heard=heard
-        )
-        self.core.submit(again, self.now)
+        self.core.submit(msgspec.structs.replace(request, heard=heard), self.now)
         self.settle()
 
     def prefetch(self, adapter: str) -> None:
@@ -290,6 +311,8 @@ class World:
     def compile(self, error: str = "") -> None:
         """The worker has compiled the oldest grammar that it was asked for, or could not."""
         asked = self.compiling.pop(0)
+        if not error:
+            self.worker.compiled.add(asked.grammar_id)
         self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
         self.settle()
 
@@ -348,11 +371,12 @@ class World:
         self.sent += envelopes
         for process, index, message in envelopes:
             match message:
-                case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
+                case LoadAdapter() | Leased() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
                 case CompileGrammar():
                     assert process == "gpu_worker"
+                    self.worker.compiled -= {*message.forget}
                     self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
@@ -363,10 +387,8 @@ class World:
                 case Spans():
                     assert (process, index) == ("frontend", 0)
                     self.spans += message.spans
-                case Tokens() | PromptLogprobs() | Resumed() if (
-                    message.incarnation != self.incarnations[index]
-                ):
-                    assert message.incarnation < self.incarnations[index]
+                case Tokens() | PromptLogprobs() | Resumed() if index in self.dead:
+                    pass  # who is started again does not get it
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     ChatOptions,
@@ -48,27 +48,21 @@ class Neighbours:
         self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
         self._outbox = Outbox(run_dir)
+        self._greeters = [Outbox(run_dir, Incarnation(one)) for one in ("frontend", "scheduler")]
         self._arrived: list[Message] = []
-        self._incarnations: dict[int, int] = {}  # by worker
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenizer_workers"],
+                [sys.executable, "-m", "pipeline.keep_alive", "tokenizer_workers"],
                 env=os.environ | to_environment(chosen),
                 stderr=log,
             )
 
+        for greeter in self._greeters:
+            greeter.greet("tokenizer_workers", chosen.tokenizer_workers)
+
     def send(self, message: Message, worker: int = 0) -> None:
-        """To the worker that is ready now."""
-        if isinstance(message, Prompt | Tokens):
-            while worker not in self._incarnations:
-                self._arrived += self.frontend.receive(timeout_ms=100)
-                assert self.process.poll() is None, self.log()
-                ready = [one for one in self._arrived if isinstance(one, ProcessReady)]
-                self._incarnations |= {one.index: one.incarnation for one in ready}
-            incarnation = self._incarnations[worker]
-            message = msgspec.structs.replace(message, incarnation=incarnation)
         self._outbox.send("tokenizer_workers", message, worker)
 
     def next(self, inbox: Inbox[Message], kind: type[Message]) -> Any:
@@ -80,8 +74,6 @@ class Neighbours:
             self._arrived += inbox.receive(timeout_ms=100)
             for message in self._arrived:
                 if isinstance(message, kind):
-                    if isinstance(message, ProcessReady):
-                        self._incarnations[message.index] = message.incarnation
                     self._arrived.remove(message)
                     return message
         raise AssertionError(f"no {kind.__name__} has come:\n{self.log()}")
@@ -93,7 +85,8 @@ class Neighbours:
         """End what is left."""
         self.process.kill()
         self.process.wait()
-        self._outbox.close(linger_ms=0)
+        for outbox in (self._outbox, *self._greeters):
+            outbox.close(linger_ms=0)
         self.frontend.close()
         self.scheduler.close()
 
@@ -125,8 +118,7 @@ def test_a_request_goes_from_prompt_to_end_and_the_worker_leaves_nothing(
 ) -> None:
     neighbours = start(stats_seconds=0.1)
     ready = neighbours.next(neighbours.frontend, ProcessReady)
-    assert (ready.process, ready.index) == ("tokenizer_workers", 0)
-    assert ready.facts == {"max_total_tokens": 8192}
+    assert ready == ProcessReady("tokenizer_workers", 0, {"max_total_tokens": 8192})
 
     neighbours.send(prompt(max_tokens=5))
     submit = neighbours.next(neighbours.scheduler, Submit)
