@@ -34,7 +34,9 @@ from pipeline.messages import (
     ArenaReady,
     Failure,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
+    PeerStarted,
     ProcessReady,
     ReleaseAdapter,
     Shutdown,
@@ -69,6 +71,9 @@ class Loader:
     ) -> None:
         self._settings = settings
         self._incarnation = incarnation
+        nbytes = settings.arena_bytes
+        self._arena_ready = ArenaReady(str(arena_path(settings.run_folder())), nbytes)
+        self._ready = ProcessReady(PROCESS, incarnation.index, {"arena_bytes": nbytes})
         self._base = base
         self._sources = sources
         self._arena = arena
@@ -112,12 +117,34 @@ class Loader:
                     log.warning("event=unknown_lease adapter=%a", message.adapter.id)
             case ForgetAdapter():
                 self._core.forget(message)
+            case Leased():
+                self._core.leased(message)
+            case PeerStarted():
+                self._peer_started(message)
             case Shutdown():
                 self._loop.stop()
                 return
             case _:
                 assert_never(message)
         self._act()
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Another scheduler has nothing of what its predecessor had; others are told who we are."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        if message.process == "scheduler":
+            self._core.start_over()
+            self._outbox.send("scheduler", self._arena_ready)
+        elif message.process == "frontend":
+            self._outbox.send("frontend", self._ready, message.index)
+
+    def announce(self) -> None:
+        """Loads may come."""
+        self._outbox.greet("scheduler")
+        self._outbox.greet("frontend", self._settings.frontends)
+        self._outbox.send("scheduler", self._arena_ready)
+        for frontend in range(self._settings.frontends):
+            self._outbox.send("frontend", self._ready, frontend)
 
     def _act(self) -> None:
         """Do what the core says, and wake it when its next deadline passes."""
@@ -253,8 +280,10 @@ def main(settings: Settings, incarnation: Incarnation) -> None:
     sources = enabled_sources(settings)
     path = arena_path(folder)
     arena = create(path, settings.arena_bytes)
-    inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, incarnation.index, ToAdapterLoader)
-    outbox = Outbox(folder)
+    outbox = Outbox(folder, incarnation)
+    inbox: Inbox[ToAdapterLoader] = Inbox(
+        folder, PROCESS, incarnation.index, ToAdapterLoader, outbox
+    )
     try:
         loader = Loader(
             settings=settings,
@@ -265,14 +294,11 @@ def main(settings: Settings, incarnation: Incarnation) -> None:
             outbox=outbox,
             incarnation=incarnation,
         )
-        outbox.send("scheduler", ArenaReady(str(path), settings.arena_bytes))
-        for frontend in range(settings.frontends):
-            facts: dict[str, str | int | float | None] = {"arena_bytes": settings.arena_bytes}
-            outbox.send("frontend", ProcessReady(PROCESS, incarnation.index, facts), frontend)
+        loader.announce()
         gc.freeze()  # else each full collection looks at all of torch, with the lock of all threads
         loader.run()
+        path.unlink()  # one that dies leaves it to its successor
     finally:
-        path.unlink(missing_ok=True)
         inbox.close()
         outbox.close()
 

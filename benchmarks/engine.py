@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from pipeline.arena import arena_path
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import PREFIX, Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterKey,
     Cancel,
@@ -134,6 +135,11 @@ class Engine:
         self._frontend = Inbox[ToFrontend](run_dir, "frontend", 0, ToFrontend)
         self._tokens = Inbox[ToTokenizerWorker](run_dir, "tokenizer_workers", 0, ToTokenizerWorker)
         self._outbox = Outbox(run_dir)
+        peers = ("frontend", "tokenizer_workers")
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in peers]
+        for peer in self._peers:  # who is not known, is told nothing
+            for name in PROCESSES:
+                peer.greet(name)
         start = time.monotonic()
         try:
             for name in PROCESSES:
@@ -307,7 +313,8 @@ class Engine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._outbox.close(0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(0)
         self._tokens.close()
         self._frontend.close()
         arena_path(self.settings.run_folder()).unlink(missing_ok=True)

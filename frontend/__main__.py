@@ -25,7 +25,7 @@ from frontend.downstream import Downstream
 from frontend.processes import Processes
 from frontend.tracing import make_tracing
 from pipeline.adapter_roots import find_local
-from pipeline.channels import PROCESSES, Inbox, Outbox
+from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
 from pipeline.incarnation import Incarnation
@@ -35,6 +35,7 @@ from pipeline.messages import (
     Aliases,
     PeerStarted,
     Pieces,
+    ProcessDied,
     ProcessReady,
     PromptDetails,
     Spans,
@@ -43,7 +44,7 @@ from pipeline.messages import (
     Tokenized,
 )
 from pipeline.metrics import snapshot
-from pipeline.process import count, run
+from pipeline.process import run
 
 PROCESS = "frontend"
 BACKLOG = 2048  # connections that wait to be accepted
@@ -114,6 +115,26 @@ async def serve(
         tracing=tracing,
     )
 
+    was_ready = False
+
+    def everybody_is_ready() -> None:
+        nonlocal was_ready
+        if was_ready:
+            log.info("event=ready_again")
+        elif index == 0:
+            print(ready_line(settings, listener), flush=True)
+        was_ready = True
+
+    def peer_started(message: PeerStarted) -> None:
+        processes.died(message.process, message.index)
+        if message.process == "tokenizer_workers":
+            downstream.worker_started(message.index)
+        if message.process == "scheduler":
+            downstream.scheduler_started()
+            commands.scheduler_started()
+            if index == 0:
+                beside.append(asyncio.create_task(administration.preload()))
+
     def receive(message: ToFrontend) -> None:
         match message:
             case Pieces():
@@ -128,11 +149,15 @@ async def serve(
                 if tracing is not None:
                     tracing.record(message)
             case ProcessReady():
-                if processes.ready(message) and index == 0:
-                    print(ready_line(settings, listener), flush=True)
+                if processes.ready(message):
+                    everybody_is_ready()
+            case ProcessDied():
+                peer = (message.process, message.index)
+                if outbox.known(peer) <= message.number:  # else its successor has come already
+                    processes.died(*peer, message.cause)
             case PeerStarted():
-                if message.process == "tokenizer_workers" and message.again:
-                    downstream.worker_started(message.index)
+                if message.again:
+                    peer_started(message)
             case Aliases():
                 downstream.aliases.replace(message)
             case AdminDone() | AdapterList():
@@ -141,14 +166,14 @@ async def serve(
                 assert_never(message)
 
     asked_to_stop = _on_sigterm(loop)
-    inbox.watch(loop, receive)
-    _greet(settings, outbox)
     beside = [
         asyncio.create_task(_report_to_others(settings, index, outbox)),
         asyncio.create_task(_live(incarnation)),
     ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
+    inbox.watch(loop, receive)
+    greet(settings, outbox)
     server = Server(server_config(app))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -161,6 +186,14 @@ async def serve(
     await serving
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
+
+
+def greet(settings: Settings, outbox: Outbox) -> None:
+    """Whoever had to do with a predecessor of this frontend starts over, and says what it is."""
+    outbox.greet("tokenizer_workers", settings.tokenizer_workers)
+    for process in ("scheduler", "gpu_worker", "adapter_loader"):
+        outbox.greet(process)
+    outbox.greet(PROCESS, settings.frontends)
 
 
 def ready_line(settings: Settings, listener: socket.socket) -> str:
@@ -201,12 +234,6 @@ async def _report_to_others(settings: Settings, index: int, outbox: Outbox) -> N
         await asyncio.sleep(settings.stats_seconds)
         for other in others:
             outbox.send(PROCESS, Stats(PROCESS, index, snapshot()), other)
-
-
-def _greet(settings: Settings, outbox: Outbox) -> None:
-    """Whoever had to do with a predecessor starts over, and says what it is."""
-    for process in PROCESSES:
-        outbox.greet(process, count(process, settings))
 
 
 async def _live(incarnation: Incarnation) -> None:

@@ -155,7 +155,9 @@ class Downstream:
             places=max(1, settings.max_concurrent_requests // settings.frontends),
             workers=settings.tokenizer_workers,
         )
-        self.aliases = Aliases(lambda version: send("scheduler", AliasesTaken(version, index), 0))
+        self.aliases = Aliases(
+            lambda version: send("scheduler", AliasesTaken(version, index), 0), index
+        )
         self._questions = Questions(index, send)
         self._workers = settings.tokenizer_workers
         self._index = index
@@ -168,6 +170,12 @@ class Downstream:
         self._counter = secrets.randbits(REQUEST_BITS - 1)
         self._idle = asyncio.Event()
         self._idle.set()
+
+    def scheduler_started(self) -> None:
+        """Another incarnation. Requests of the one before are ended by their tokenizer workers."""
+        names = self.aliases.scheduler_started()
+        if names is not None:
+            self._send("scheduler", names, 0)
 
     def deliver(self, message: Pieces) -> None:
         self._streams.deliver(message)

@@ -16,19 +16,34 @@ class Processes:
         }
         self._facts: dict[tuple[str, int], dict[str, Fact]] = {}
         self._families: dict[tuple[str, int], Families] = {}
+        self._down: dict[tuple[str, int], str] = {}  # that were ready and are started again: why
 
     def ready(self, message: ProcessReady) -> bool:
         """Take note of it; whether it was the last one that was waited for."""
         awaited = bool(self.missing())
+        self._down.pop((message.process, message.index), None)
         self._facts[(message.process, message.index)] = message.facts
         return awaited and not self.missing()
+
+    def died(self, process: str, index: int, cause: str = "") -> None:
+        """It will be ready again; what is known of it stays until then."""
+        peer = (process, index)
+        if peer in self._awaited:
+            self._down[peer] = cause or self._down.get(peer, "")
+
+    def waits_for(self) -> str:
+        """What is missing, in words; empty if nothing is."""
+        missing = self.missing()
+        died = [f"{process} died: {why}" for (process, _), why in self._down.items() if why]
+        return "; ".join((f"waiting for {', '.join(missing)}", *died)) if missing else ""
 
     def stats(self, message: Stats) -> None:
         self._families[(message.process, message.index)] = message.families
 
     def missing(self) -> list[str]:
-        """The processes that are not ready yet."""
-        return sorted({process for process, _ in self._awaited - self._facts.keys()})
+        """The processes that are not ready, yet or again."""
+        missing = (self._awaited - self._facts.keys()) | self._down.keys()
+        return sorted({process for process, _ in missing})
 
     def fact(self, process: str, name: str) -> Fact:
         """What the first process of that name says; None when it says nothing."""

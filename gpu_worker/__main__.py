@@ -3,6 +3,7 @@
 Waits for the disk only before it is ready; the arena that it maps later is shared memory.
 """
 
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
     CompileGrammar,
+    PeerStarted,
     PlaceAdapter,
     ProcessReady,
     Shutdown,
@@ -39,8 +41,8 @@ COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies betw
 
 
 def main(settings: Settings, incarnation: Incarnation) -> None:
-    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, incarnation.index, ToGpuWorker)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, incarnation.index, ToGpuWorker, outbox)
     try:
         Process(settings, incarnation, inbox, outbox).run()
     finally:
@@ -65,10 +67,14 @@ class Process:
         self._outbox = outbox
         self._launched: deque[Launched] = deque()
         self._prefills = PrefillTraces()
-        built = build_worker(settings, model_folder(settings), Figures(), index)
-        self._worker = built.worker
-        outbox.send("scheduler", built.ready)
-        self._to_frontends(ProcessReady(NAME, index, built.facts))
+        outbox.greet("scheduler")
+        outbox.greet("frontend", settings.frontends)
+        self._arena: tuple[int, int] | None = None  # the file that is attached
+        self._built = build_worker(settings, model_folder(settings), Figures(), index)
+        self._worker = self._built.worker
+        self._ready = ProcessReady(NAME, index, self._built.facts)
+        outbox.send("scheduler", self._built.ready)
+        self._to_frontends(self._ready)
 
     def run(self) -> None:
         """Until the scheduler says that no step will follow."""
@@ -95,7 +101,9 @@ class Process:
                     case PlaceAdapter():
                         self._worker.place(message)
                     case AttachArena():
-                        self._worker.attach_arena(attach(Path(message.path), message.nbytes))
+                        self._attach(message)
+                    case PeerStarted():
+                        self._peer_started(message)
                     case Shutdown():
                         return
                     case _:
@@ -106,6 +114,25 @@ class Process:
                 self._incarnation.beat()
             if not (placed or done or messages or went_on or sampled) and self._is_busy:
                 time.sleep(POLL_SECONDS)
+
+    def _attach(self, message: AttachArena) -> None:
+        """A loader that was started again has taken over the file that its predecessor made."""
+        status = os.stat(message.path)
+        if self._arena != (status.st_dev, status.st_ino):
+            self._worker.attach_arena(attach(Path(message.path), message.nbytes))
+            self._arena = (status.st_dev, status.st_ino)
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Another scheduler knows nothing of what is here, and frontends not what it is."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        if message.process == "scheduler":
+            self._launched.clear()
+            self._prefills = PrefillTraces()
+            self._worker.start_over(self._built.new_grammars())
+            self._outbox.send("scheduler", self._built.ready)
+        elif message.process == "frontend":
+            self._outbox.send("frontend", self._ready, message.index)
 
     def _step(self, message: Step) -> None:
         """Launch it. On a CPU it is over then: its tokens go out, and adapters get their share of

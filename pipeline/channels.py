@@ -69,9 +69,9 @@ class Inbox(Generic[M]):
 
     def receive(self, timeout_ms: int | None = None) -> list[M]:
         """What has arrived, at most MAX_RECEIVED; waits up to timeout_ms (None: until something)
-        when there is nothing."""
+        when there is nothing, and anew after what is no message."""
         messages = self._drain()
-        if not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
+        while not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
             messages = self._drain()
         return messages
 
@@ -166,9 +166,11 @@ class Outbox:
             self._waiting.setdefault(peer, []).append(body)
 
     def greet(self, process: str, count: int = 1) -> None:
-        """Tell the first `count` of a process that this one has started."""
+        """Tell the first `count` of a process, but for this one, that this one has started."""
+        me = self._incarnation
         for index in range(count):
-            self._send((process, index), b"")
+            if me is None or (process, index) != (me.process, me.index):
+                self._send((process, index), b"")
 
     def known(self, peer: Peer) -> int:
         """The incarnation that is spoken with; 0 if none was heard of."""

@@ -27,11 +27,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
-from pipeline.channels import PROCESSES
+from pipeline.arena import arena_path
+from pipeline.channels import PROCESSES, Outbox
 from pipeline.config import Settings, load_settings
 from pipeline.errors import ConfigError
 from pipeline.incarnation import told
 from pipeline.logs import set_up_logs
+from pipeline.messages import ProcessDied
 from pipeline.process import EXIT_CONFIG, EXIT_DEADLINE, count
 
 LONGEST_BACKOFF_SECONDS = 30.0
@@ -71,8 +73,14 @@ class Deaths:
 class Kept:
     """One process that is kept alive."""
 
-    def __init__(self, command: Sequence[str], index: int, settings: Settings) -> None:
+    def __init__(
+        self, process: str, command: Sequence[str], index: int, settings: Settings, outbox: Outbox
+    ) -> None:
+        self._process = process
         self._command = command
+        self._outbox = outbox
+        self._frontends = settings.frontends
+        self._number = 0  # of the incarnation
         self._index = index
         self._hang_seconds = settings.hang_seconds
         self._deaths = Deaths(
@@ -100,7 +108,8 @@ class Kept:
         if self._child is not None or self.ended is not None or now < self._due:
             return
         ours, its = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        environment = told(self._index, time.monotonic_ns(), self._starts, its)
+        self._number = time.monotonic_ns()
+        environment = told(self._index, self._number, self._starts, its)
         parent = os.getpid()
 
         def dies_with_us() -> None:
@@ -177,6 +186,9 @@ class Kept:
         log.error(
             "event=died index=%d pid=%d cause=%a starts_again_in=%g", self._index, pid, cause, wait
         )
+        for frontend in range(self._frontends):
+            died = ProcessDied(self._process, self._index, self._number, cause)
+            self._outbox.send("frontend", died, frontend)
         self._due = now + wait
 
     def _is_stopped_by(self, status: int) -> bool:
@@ -190,7 +202,9 @@ class Kept:
 
 def keep_alive(process: str, command: Sequence[str], settings: Settings) -> int:
     """Until all have ended; returns the status to exit with."""
-    kept = [Kept(command, index, settings) for index in range(count(process, settings))]
+    outbox = Outbox(settings.run_folder())
+    indices = range(count(process, settings))
+    kept = [Kept(process, command, index, settings, outbox) for index in indices]
     wakes = _Signals(kept)
     while True:
         before = time.monotonic()
@@ -198,6 +212,7 @@ def keep_alive(process: str, command: Sequence[str], settings: Settings) -> int:
             one.start_if_due(before)
         failed = next((one.ended for one in kept if one.ended), 0)
         if failed or all(one.ended is not None for one in kept):
+            outbox.close(linger_ms=0)
             return failed
         deadline = min(one.next_deadline() for one in kept if one.ended is None)
         timeout = min(max(0.0, deadline - before), LOOK_SECONDS)
@@ -248,7 +263,10 @@ def main() -> None:
         print(f"loradex: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CONFIG)
     set_up_logs(process, settings.log_level, settings.log_format)
-    sys.exit(keep_alive(process, [sys.executable, "-m", process], settings))
+    status = keep_alive(process, [sys.executable, "-m", process], settings)
+    if process == "adapter_loader":  # one that dies leaves the arena to its successor
+        arena_path(settings.run_folder()).unlink(missing_ok=True)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -445,6 +445,14 @@ class Aliases(Message, frozen=True):
     names: dict[str, AdapterKey]
 
 
+class NamesKept(Message, frozen=True):
+    """frontend -> scheduler, which was started again: the names that its predecessor told last."""
+
+    version: int
+    names: dict[str, AdapterKey]
+    frontend: int
+
+
 class AliasesTaken(Message, frozen=True):
     """frontend -> scheduler: the names hold here.
 
@@ -846,6 +854,15 @@ class ProcessReady(Message, frozen=True):
     facts: dict[str, str | int | float | None] = {}
 
 
+class ProcessDied(Message, frozen=True):
+    """The keep-alive -> frontend: this incarnation is dead, and another will be started."""
+
+    process: str
+    index: int
+    number: int  # of the incarnation
+    cause: str
+
+
 class Stats(Message, frozen=True):
     """each -> frontend: its metrics as they stand, see `metrics.snapshot`."""
 
@@ -878,6 +895,7 @@ ToFrontend = (
     | PromptDetails
     | Tokenized
     | ProcessReady
+    | ProcessDied
     | Stats
     | Spans
     | Aliases
@@ -914,6 +932,7 @@ ToScheduler = (
     | AdapterDropped
     | AdminCommand
     | AliasesTaken
+    | NamesKept
     | ListAdapters
     | PeerStarted
     | Shutdown

@@ -20,6 +20,7 @@ from pipeline.messages import (
     EndsHeard,
     GrammarCompiled,
     ListAdapters,
+    NamesKept,
     PeerStarted,
     Prefetch,
     ProcessReady,
@@ -141,6 +142,8 @@ class Loop:
                 self._core.admin_command(message, now)
             case AliasesTaken():
                 self._core.aliases_taken(message)
+            case NamesKept():
+                self._core.names_kept(message)
             case ListAdapters():
                 self._core.list_adapters(message, now)
             case WorkerReady():
@@ -157,14 +160,21 @@ class Loop:
                 assert_never(message)
 
     def _peer_started(self, message: PeerStarted, now: float) -> None:
-        """Workers and loader say when they are ready, and what they have then."""
-        facts = self._core.facts()
-        if message.process == "tokenizer_workers" and message.again:
-            self._core.tokenizer_started(message.index)
-        if message.process == "frontend" and message.again:
-            self._core.frontend_started(message.index, now)
-            if facts is not None:
-                self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
+        """Its predecessor is dead. Workers and loader say themselves when they are ready."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        match message.process:
+            case "gpu_worker":
+                self._core.worker_lost(now)
+            case "adapter_loader":
+                self._core.loader_lost()
+            case "tokenizer_workers":
+                self._core.tokenizer_started(message.index)
+            case "frontend":
+                self._core.frontend_started(message.index, now)
+                facts = self._core.facts()
+                if facts is not None:
+                    self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
 
     def _announce(self) -> None:
         facts = self._core.facts()

@@ -149,17 +149,21 @@ class Adapters:
 
     # --- processes that start, for the first time or again ---
 
-    def worker_started(self, *, pool_bytes: int, slots: int, now: float) -> Failed:
-        """Its pool is empty, and nobody runs. To be called once those that ran wait again, if
-        there was a worker before. Returns those that fail with what cannot be had again."""
+    def worker_ready(self, *, pool_bytes: int, slots: int) -> None:
+        """Its pool is empty."""
+        self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
+        self._room_may_be_found = True
+
+    def pool_lost(self, now: float) -> Failed:
+        """The worker has died, and nobody runs. To be called once those that ran wait again.
+        Returns those that fail with what cannot be had again."""
         arriving = {placing.adapter for placing in self._arriving}
         residents = list(self._resident.values())
-        self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
+        self._pool = AdapterPool(nbytes=0, slots=0)
         self._resident.clear()
         self._unpinned.clear()
         self._arriving.clear()
         self.running_bytes = 0
-        self._room_may_be_found = True
         for adapter in residents:
             adapter.extent = None
             adapter.pins = adapter.running = 0
@@ -175,16 +179,21 @@ class Adapters:
             failed += self._has_lost_its_place(adapter, now)
         return failed
 
+    def loader_lost(self) -> None:
+        """It is told nothing until another has started."""
+        self._loader_is_there = False
+        self._loads.loader_lost()
+
     def loader_started(self) -> None:
         """Tell it what is leased, ask for what is wanted, and have it forget what is to go."""
         self._loader_is_there = True
         leased = [*self._without_room, *(placing.adapter for placing in self._arriving)]
         if leased:
-            self._send(Leased(tuple(one.lease() for one in leased)))
+            self._tell(Leased(tuple(one.lease() for one in leased)))
         self._loads.loader_started()
         for adapter in self._adapter_of.values():
             if adapter.retiring and not self._is_held(adapter):
-                self._send(ForgetAdapter(adapter.key))
+                self._tell(ForgetAdapter(adapter.key))
 
     def _has_lost_its_place(self, adapter: Adapter, now: float) -> Failed:
         """In the pool; it may be staged still. What is outdated cannot be had again."""
@@ -345,8 +354,8 @@ class Adapters:
             self._needs_no_room(adapter)
             adapter.staged = None
             adapter.in_doubt = False  # as where it has left the pool
-        if self._loader_is_there and not self._is_held(adapter):
-            self._send(ForgetAdapter(adapter.key))
+        if not self._is_held(adapter):
+            self._tell(ForgetAdapter(adapter.key))
 
     def _is_held(self, adapter: Adapter) -> bool:
         """Whether it, or an older content of it, is still there or on its way."""
@@ -387,13 +396,13 @@ class Adapters:
         self._loads.answered(adapter)
         adapter.confirmed_at = adapter.asked_at
         if adapter.retiring:
-            self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+            self._tell(ReleaseAdapter(message.adapter, message.arena_offset))
             self._loads.over(adapter)
             self._retire_further(adapter)
             return True
         if adapter.staged is not None:
             if adapter.staged.content == message.content:
-                self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+                self._tell(ReleaseAdapter(message.adapter, message.arena_offset))
                 self._clear(adapter)
                 return False
             adapter = self._replace(adapter)
@@ -749,7 +758,12 @@ class Adapters:
 
     def _release(self, adapter: Adapter) -> None:
         assert adapter.staged is not None
-        self._send(ReleaseAdapter(adapter.named, adapter.staged.arena_offset))
+        self._tell(ReleaseAdapter(adapter.named, adapter.staged.arena_offset))
+
+    def _tell(self, message: Leased | ReleaseAdapter | ForgetAdapter) -> None:
+        """The loader, if there is one; one that starts hears what holds then."""
+        if self._loader_is_there:
+            self._send(message)
 
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1

@@ -24,6 +24,7 @@ from pipeline.messages import (
     Aliases,
     AliasesTaken,
     Failure,
+    NamesKept,
 )
 from scheduler import failures
 from scheduler.adapters import Adapters
@@ -103,6 +104,13 @@ class Administration:
         self._taken[frontend] = 0
         if self._version:
             self._send(frontend, Aliases(self._version, dict(self._key_of)))
+
+    def names_kept(self, message: NamesKept) -> None:
+        """A frontend has the names of a predecessor of this scheduler; older ones are of no use."""
+        if message.version >= self._version:
+            self._version = message.version
+            self._key_of = {**message.names, **self._key_of}
+            self._taken[message.frontend] = message.version
 
     def aliases_taken(self, message: AliasesTaken) -> None:
         self._taken[message.frontend] = message.version

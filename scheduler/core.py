@@ -39,6 +39,7 @@ from pipeline.messages import (
     Heard,
     ListAdapters,
     Message,
+    NamesKept,
     PlaceAdapter,
     Prefetch,
     PromptLogprobs,
@@ -135,11 +136,9 @@ class Scheduler:
     # --- what happened ---
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
-        """The worker has started, and its device holds nothing of ours; perhaps after another,
-        from which nothing more is heard."""
+        """The worker has started, and its device holds nothing of ours."""
         self._worker = message
         self._step_tokens = message.step_tokens
-        ran = self._take_back()
         self._batch = self._new_batch(
             rows=message.rows,
             kv_blocks=message.kv_blocks,
@@ -147,15 +146,26 @@ class Scheduler:
             preemptions=self._batch.preemptions,
         )
         self._grammars.worker_ready()
-        self._wait_anew(ran, now)
-        for sequence, failure in self._adapters.worker_started(
-            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots, now=now
-        ):
-            self._fail(sequence, failure, now)
+        self._adapters.worker_ready(
+            pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
+        )
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
         self._attach_arena()
+
+    def worker_lost(self, now: float) -> None:
+        """It has died: nothing more is heard from it, until another is ready. All that ran waits
+        to run again, as after a preemption."""
+        self._worker = None
+        ran = self._take_back()
+        self._batch = self._new_batch(
+            rows=0, kv_blocks=0, block_tokens=1, preemptions=self._batch.preemptions
+        )
+        self._grammars.worker_lost()
+        self._wait_anew(ran, now)
+        for sequence, failure in self._adapters.pool_lost(now):
+            self._fail(sequence, failure, now)
 
     def arena_ready(self, message: ArenaReady) -> None:
         """The loader has started; perhaps after another, whose leases it has to honour."""
@@ -163,6 +173,10 @@ class Scheduler:
         self._catalogue.arena_is_new()
         self._adapters.loader_started()
         self._attach_arena()
+
+    def loader_lost(self) -> None:
+        """It has died: nothing more is heard from it, until another is ready."""
+        self._adapters.loader_lost()
 
     def frontend_started(self, frontend: int, now: float) -> None:
         """A frontend was started again; nobody waits for what its predecessor had asked for."""
@@ -251,6 +265,9 @@ class Scheduler:
 
     def aliases_taken(self, message: AliasesTaken) -> None:
         self._administration.aliases_taken(message)
+
+    def names_kept(self, message: NamesKept) -> None:
+        self._administration.names_kept(message)
 
     def list_adapters(self, message: ListAdapters, now: float) -> None:
         running = Counter(one.named for one in self._sequence_of.values() if one.table is not None)

@@ -36,15 +36,19 @@ class Grammars:
         self._worker_is_ready = False
 
     def worker_ready(self) -> None:
-        """A worker that has compiled nothing yet. Those that waited for one before `wait` again."""
+        """A worker that has compiled nothing yet."""
         self._worker_is_ready = True
+        for grammar_id, source in self._source_of.items():
+            self._send(CompileGrammar(grammar_id, source))
+
+    def worker_lost(self) -> None:
+        """Nothing is compiled any more: those that were not to wait are to `wait` again."""
+        self._worker_is_ready = False
         for source, grammar in list(self._grammar_of.items()):
+            grammar.is_compiled = False
             if not grammar.users:
                 del self._grammar_of[source]
                 del self._source_of[grammar.grammar_id]
-            elif grammar.grammar_id in self._source_of:  # it has not failed
-                grammar.is_compiled = False
-                self._send(CompileGrammar(grammar.grammar_id, source))
 
     def join(self, sequence: Sequence) -> bool:
         """A new sequence: whether it may start. If not, it waits, and `compiled` gives it back."""

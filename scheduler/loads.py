@@ -102,6 +102,10 @@ class Loads:
         if self._loader_is_there:
             self._send(message)
 
+    def loader_lost(self) -> None:
+        """It is asked nothing until another has started."""
+        self._loader_is_there = False
+
     def loader_started(self) -> None:
         """It was asked nothing before; its predecessor will answer nothing more."""
         self._loader_is_there = True

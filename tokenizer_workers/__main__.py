@@ -82,11 +82,13 @@ class Worker:
         self._checks = GrammarChecks(settings, PROCESS, index, model.compiler)
 
     def announce(self) -> None:
-        """Greets the scheduler too, whether anybody has something for it or not."""
         self._outbox.greet("scheduler")
         self._outbox.greet("frontend", len(self.core.frontends))
         for frontend in self.core.frontends:
-            self._outbox.send("frontend", self._ready, frontend)
+            self._say_ready(frontend)
+
+    def _say_ready(self, frontend: int) -> None:
+        self._outbox.send("frontend", self._ready, frontend)
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
@@ -143,14 +145,13 @@ class Worker:
                 assert_never(message)
 
     def _peer_started(self, message: PeerStarted) -> None:
-        """Who was started for the first time has been sent what waited for it."""
         if not message.again:
-            return
-        if message.process == "frontend":
-            self.core.frontend_started(message.index)
-            self._outbox.send("frontend", self._ready, message.index)
+            return  # what it is to know has waited for it
         if message.process == "scheduler":
             self.core.scheduler_started(time.monotonic())
+        elif message.process == "frontend":
+            self.core.frontend_started(message.index)
+            self._say_ready(message.index)
 
     def _trace(self, prompt: Prompt, started: float) -> None:
         """It has been encoded, or it cannot be."""

@@ -50,8 +50,10 @@ from tokenizer_workers.stop_strings import StopStrings
 from tokenizer_workers.tool_calls import Said, ToolCallParser
 
 PROCESS = "tokenizer_workers"
-SCHEDULER_DIED = Failure(
-    503, FailureKind.INTERNAL, "the scheduler has died and was started again; please retry"
+CUT_OFF = Failure(
+    503,
+    FailureKind.INTERNAL,
+    "a process of the server died before the reply was complete; the request may be sent again",
 )
 
 
@@ -381,26 +383,28 @@ class Core:
         self._to_scheduler.append(message)
 
     def frontend_started(self, frontend: int) -> None:
-        """A frontend was started again; nobody waits for what its predecessor had asked for."""
+        """Another incarnation, which waits for nothing that the one before has asked for."""
+        self._forget_all_of(frontend)
+        self._outgoing[frontend] = _Outgoing()
+
+    def scheduler_started(self, now: float) -> None:
+        """Another incarnation, which knows nothing of what was submitted to the one before: that
+        ends here."""
+        self._to_scheduler = []
+        requests, self._requests = self._requests, {}
+        for request_id, request in requests.items():
+            end = End(request_id, FinishReason.ERROR, request.usage(now), CUT_OFF)
+            request.outgoing.ends.append(end)
+
+    def _forget_all_of(self, frontend: int) -> None:
         self._renderings.forget(frontend)
         self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
-        outgoing = self._outgoing.get(frontend)
-        if outgoing is not None:
-            outgoing.ends.clear()
-
-    def scheduler_started(self, now: float) -> None:
-        """The scheduler was started again, and knows nothing of what its predecessor worked on."""
-        for request_id, request in self._requests.items():
-            request.outgoing.ends.append(
-                End(request_id, FinishReason.ERROR, request.usage(now), SCHEDULER_DIED)
-            )
-        self._requests.clear()
 
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
-        self.frontend_started(frontend)
+        self._forget_all_of(frontend)
         self._outgoing.pop(frontend, None)  # it may have told the predecessor too
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))

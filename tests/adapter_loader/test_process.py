@@ -16,6 +16,7 @@ import pytest
 from adapter_loader.checkpoint import BaseModel
 from pipeline.arena import arena_path, attach
 from pipeline.channels import Inbox, Outbox
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterFailed,
     AdapterKey,
@@ -71,6 +72,10 @@ class Running:
             opened.callback(self.frontend.close)
             self.outbox = Outbox(self.run_dir)
             opened.callback(self.outbox.close, 0)
+            for process in ("scheduler", "frontend"):  # who is not known, is told nothing
+                peer = Outbox(self.run_dir, Incarnation(process))
+                opened.callback(peer.close, 0)
+                peer.greet("adapter_loader")
             with (folder / "log").open("w") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "adapter_loader"],

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.arena import create
 from pipeline.channels import Inbox, Outbox
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
@@ -58,11 +59,15 @@ def peers(tmp_path: Path, llama_folder: Path) -> Iterator[Peers]:
     scheduler = Inbox[Any](run_dir, "scheduler", 0, ToScheduler)
     frontend = Inbox[Any](run_dir, "frontend", 0, ToFrontend)
     outbox = Outbox(run_dir)
+    neighbours = [Outbox(run_dir, Incarnation(one)) for one in ("scheduler", "frontend")]
+    for neighbour in neighbours:  # who is not known, is told nothing
+        neighbour.greet("gpu_worker")
     process = subprocess.Popen([sys.executable, "-m", "gpu_worker"], env=environment)
     yield Peers(process, scheduler, frontend, outbox, run_dir)
     process.kill()
     process.wait()
-    outbox.close(0)
+    for box in (outbox, *neighbours):
+        box.close(0)
     scheduler.close()
     frontend.close()
 

@@ -89,12 +89,14 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.worker_is_ready)
     @rule(kv_blocks=st.sampled_from((16, 20)))
     def worker_dies(self, kv_blocks: int) -> None:
-        self.world.restart_worker(kv_blocks=kv_blocks)
+        self.world.lose_worker(kv_blocks=kv_blocks)
+        self.worker_is_ready = False
 
     @precondition(lambda self: self.arena_is_ready)
     @rule()
     def loader_dies(self) -> None:
-        self.world.restart_loader()
+        self.world.lose_loader()
+        self.arena_is_ready = False
 
     @rule(burst=st.lists(requests, min_size=1, max_size=6))
     def submit(self, burst: list[dict[str, Any]]) -> None:

@@ -140,19 +140,23 @@ class World:
     def arena_ready(self) -> None:
         self.core.arena_ready(ArenaReady("/dev/shm/arena", 1 << 20))
         self.settle()
+        self.loader.reuse()
 
-    def restart_worker(self, **sizes: int) -> None:
-        """Another takes its place; what it had in flight is answered by nobody."""
+    def lose_worker(self, **sizes: int) -> None:
+        """What it has in flight is answered by nobody. Another takes its place, which is not ready
+        yet."""
         self.worker = self._new_worker(**{**self._sizes, **sizes})
         self.compiling.clear()
         self.arena_attached = False
-        self.worker_ready()
+        self.core.worker_lost(self.now)
+        self.settle()
 
-    def restart_loader(self) -> None:
-        """Another takes its place; what it was asked is answered by nobody."""
+    def lose_loader(self) -> None:
+        """What it was asked is answered by nobody. Another takes its place, which is not ready
+        yet."""
         self.loader.start_over()
-        self.arena_ready()
-        self.loader.reuse()
+        self.core.loader_lost()
+        self.settle()
 
     def submit(
         self,

@@ -48,7 +48,9 @@ class Neighbours:
         self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
         self._outbox = Outbox(run_dir)
-        self._greeters = [Outbox(run_dir, Incarnation(one)) for one in ("frontend", "scheduler")]
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in ("frontend", "scheduler")]
+        for peer in self._peers:  # who is not known, is told nothing
+            peer.greet("tokenizer_workers", settings.get("tokenizer_workers", 1))
         self._arrived: list[Message] = []
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
@@ -58,9 +60,6 @@ class Neighbours:
                 env=os.environ | to_environment(chosen),
                 stderr=log,
             )
-
-        for greeter in self._greeters:
-            greeter.greet("tokenizer_workers", chosen.tokenizer_workers)
 
     def send(self, message: Message, worker: int = 0) -> None:
         self._outbox.send("tokenizer_workers", message, worker)
@@ -85,7 +84,7 @@ class Neighbours:
         """End what is left."""
         self.process.kill()
         self.process.wait()
-        for outbox in (self._outbox, *self._greeters):
+        for outbox in (self._outbox, *self._peers):
             outbox.close(linger_ms=0)
         self.frontend.close()
         self.scheduler.close()
