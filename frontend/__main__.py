@@ -155,6 +155,8 @@ async def serve(
                 peer = (message.process, message.index)
                 if outbox.known(peer) <= message.number:  # else its successor has come already
                     processes.died(*peer, message.cause)
+                    if message.process == "tokenizer_workers":
+                        downstream.admission.worker_died(message.index)
             case PeerStarted():
                 if message.again:
                     peer_started(message)

@@ -186,6 +186,7 @@ class Downstream:
     def worker_started(self, worker: int) -> None:
         """A tokenizer worker was started again: send it all that somebody waits for. The scheduler
         cancels what its predecessor may have been told to cancel."""
+        self.admission.worker_started(worker)
         prompts = self._prompts.started(worker)
         open_ids = self._prompts.open_ids(worker)
         self._send("tokenizer_workers", StillOpen(self._index, worker, open_ids), worker)

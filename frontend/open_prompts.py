@@ -73,5 +73,5 @@ class OpenPrompts:
         return [prompt for prompt in again if prompt is not None]
 
     def open_ids(self, worker: int) -> list[int]:
-        """The requests at a worker that have not ended."""
+        """The requests at a worker that somebody waits for."""
         return [request_id for one in self._open[worker].values() for request_id in one.open_ids]
