@@ -156,6 +156,11 @@ class Node:
         for peer in (FRONTEND, SCHEDULER):
             self._put(place, peer, None)
 
+    def is_ending(self, place: Place) -> bool:
+        """Whether the end of a request is on its way from there."""
+        queue = self._queues.get((place, self._incarnation[place], FRONTEND), ())
+        return any(isinstance(sent.message, Pieces) and sent.message.ends for sent in queue)
+
     # --- channels ---
 
     def _send(self, sender: Place, receiver: Place, message: Message) -> None:

@@ -56,8 +56,10 @@ async def converse(seed: int, *, numbers: list[int], workers: int, deaths: float
             with node.frontend.start(prompt(choose.randrange(99)), streamed=True):
                 for _ in range(choose.randrange(30)):
                     node.go_on()
-        if choose.random() < deaths and node.deaths < MAX_DEATHS - 1:
-            node.kill(choose.choice([*node.workers]))
+        for place in node.workers:
+            risk = 5 * deaths if node.is_ending(place) else deaths
+            if choose.random() < risk and node.deaths < MAX_DEATHS - 1:
+                node.kill(place)
         if not node.go_on():
             for place in node.workers:
                 node.flush(place)
