@@ -45,6 +45,11 @@ def address(run_dir: Path, process: str, index: int = 0) -> str:
     return f"ipc://{run_dir}/{process}.{index}.sock"
 
 
+def remove_inbox(run_dir: Path, process: str, index: int) -> None:
+    """Of a process that is dead, and may have left the file of its socket behind."""
+    Path(address(run_dir, process, index).removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 class Inbox(Generic[M]):
     """The one socket that a process binds. `union` is the type of what may arrive.
 

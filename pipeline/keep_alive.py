@@ -28,7 +28,7 @@ from contextlib import suppress
 from types import FrameType
 
 from pipeline.arena import arena_path
-from pipeline.channels import PROCESSES, Outbox
+from pipeline.channels import PROCESSES, Outbox, remove_inbox
 from pipeline.config import Settings, load_settings
 from pipeline.errors import ConfigError
 from pipeline.incarnation import told
@@ -79,6 +79,7 @@ class Kept:
         self._process = process
         self._command = command
         self._outbox = outbox
+        self._run_dir = settings.run_folder()
         self._frontends = settings.frontends
         self._number = 0  # of the incarnation
         self._index = index
@@ -171,6 +172,7 @@ class Kept:
             return
         pid, self._child = self._child.pid, None
         os.close(self._pipe)
+        remove_inbox(self._run_dir, self._process, self._index)
         if status == 0 or status == EXIT_DEADLINE or self._is_stopped_by(status):
             self.ended = max(status, 0)
             return
