@@ -43,7 +43,6 @@ from pipeline.messages import (
     PlaceAdapter,
     Prefetch,
     PromptLogprobs,
-    Resumed,
     Span,
     Spans,
     Step,
@@ -610,11 +609,8 @@ class Scheduler:
             request_id = message.request_id + choice
             if tokens == GONE:
                 continue
-            sequence = self._sequence_of.get(request_id)
-            if sequence is not None:
-                resumed: Resumed | None = self._listeners.resume(sequence, message.worker)
-            else:
-                resumed = self._listeners.ended(request_id, message.worker)
+            running = self._sequence_of.get(request_id)
+            resumed = self._listeners.resume(request_id, running, message.worker)
             if resumed is not None:
                 self._outbox.append(("tokenizer_workers", message.worker, resumed))
             elif tokens:

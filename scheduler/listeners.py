@@ -12,6 +12,7 @@ from scheduler.reply import Reply
 from scheduler.sequence import Sequence
 
 NOBODY = -1  # in place of a worker
+Ended = tuple[Sequence, Finished]
 MAX_ENDED = 1 << 14  # kept at once; frontends that live hear of an end before they admit as many
 
 
@@ -23,8 +24,7 @@ class Listeners:
 
     def __init__(self, workers: int) -> None:
         self.replies = [Reply() for _ in range(workers + 1)]
-        self._ended: dict[int, Resumed] = {}  # by request; those that ended first come first
-        self._worker_of: dict[int, int] = {}  # of what has ended
+        self._ended: dict[int, Ended] = {}  # by request; those that ended first come first
         self._orphans: dict[int, int] = {}  # requests of predecessors, and of which worker
 
     @property
@@ -35,27 +35,20 @@ class Listeners:
     def started(self, worker: int, running: Iterable[Sequence]) -> None:
         """A worker was started again: nobody hears of what its predecessors had among the
         `running`, and among what is kept."""
-        for sequence in running:
+        for sequence in (*running, *(sequence for sequence, _ in self._ended.values())):
             if sequence.worker == worker:
                 sequence.worker = NOBODY
                 self._orphans[sequence.request_id] = worker
-        for request_id, of in self._worker_of.items():
-            if of == worker:
-                self._orphans[request_id] = worker
 
-    def resume(self, sequence: Sequence, worker: int) -> Resumed:
-        """It was submitted again by this worker, which is to be told this before all else."""
-        self._orphans.pop(sequence.request_id, None)
+    def resume(self, request_id: int, running: Sequence | None, worker: int) -> Resumed | None:
+        """It was submitted again by this worker, which is to be told this before all else, if it
+        is among what runs or what is kept."""
+        sequence, finished = self._ended.get(request_id, (running, None))
+        if sequence is None:
+            return None
+        self._orphans.pop(request_id, None)
         sequence.worker = worker
-        return sequence.resumed()
-
-    def ended(self, request_id: int, worker: int) -> Resumed | None:
-        """If what was submitted again by this worker has ended, what it is to be told."""
-        ended = self._ended.get(request_id)
-        if ended is not None:
-            self._orphans.pop(request_id, None)
-            self._worker_of[request_id] = worker
-        return ended
+        return sequence.resumed(finished)
 
     def orphans(self, worker: int, frontend: int) -> list[int]:
         """Requests of a worker's predecessors that were not submitted again."""
@@ -67,8 +60,7 @@ class Listeners:
 
     def keep(self, sequence: Sequence, finished: Finished) -> None:
         """It has ended; what it has said may have to be said again."""
-        self._ended[sequence.request_id] = sequence.resumed(finished)
-        self._worker_of[sequence.request_id] = sequence.worker
+        self._ended[sequence.request_id] = (sequence, finished)
         if len(self._ended) > MAX_ENDED:
             self.forget(next(iter(self._ended)))
 
@@ -78,17 +70,15 @@ class Listeners:
     def forget(self, request_id: int) -> None:
         """Nobody will ask for it again."""
         self._ended.pop(request_id, None)
-        self._worker_of.pop(request_id, None)
         self._orphans.pop(request_id, None)
 
     def take(self) -> tuple[list[tuple[int, Tokens]], int]:
         """What is to be said, to which worker; and how many tokens there were in all."""
         said, tokens = [], 0
         for worker, reply in enumerate(self.replies):
-            if reply.is_empty:
-                continue
-            tokens += len(reply.request_ids)
-            message = reply.take()
-            if reply is not self.replies[NOBODY]:
-                said.append((worker, message))
+            if reply.request_ids or reply.finished:
+                tokens += len(reply.request_ids)
+                message = reply.take()
+                if reply is not self.replies[NOBODY]:
+                    said.append((worker, message))
         return said, tokens

@@ -11,10 +11,6 @@ class Reply:
     def __init__(self) -> None:
         self._clear()
 
-    @property
-    def is_empty(self) -> bool:
-        return not (self.request_ids or self.finished)
-
     def take(self) -> Tokens:
         """The message; then starts anew."""
         message = Tokens(self.request_ids, self.token_ids, self.logprobs, tuple(self.finished))
