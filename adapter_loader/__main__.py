@@ -17,6 +17,7 @@ from adapter_loader.core import Answer, Core, Discard, StartFetch, StartPack
 from adapter_loader.enabled_sources import enabled_sources
 from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
 from adapter_loader.metrics import LOADS, ArenaCollector
+from adapter_loader.packing_processes import Nursery, PackingProcesses
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
 from adapter_loader.traces import LoadTraces
@@ -64,7 +65,7 @@ class Loader:
         settings: Settings,
         base: BaseModel,
         sources: Mapping[str, Source],
-        arena: memoryview,
+        packing: PackingProcesses,
         inbox: Inbox[ToAdapterLoader],
         outbox: Outbox,
         incarnation: Incarnation,
@@ -76,11 +77,11 @@ class Loader:
         self._ready = ProcessReady(PROCESS, incarnation.index, {"arena_bytes": nbytes})
         self._base = base
         self._sources = sources
-        self._arena = arena
+        self._packing = packing
         self._inbox = inbox
         self._outbox = outbox
         self._core = Core(
-            arena_bytes=len(arena),
+            arena_bytes=settings.arena_bytes,
             load_seconds=settings.adapter_load_seconds,
             remember_seconds=settings.failed_load_seconds,
         )
@@ -88,7 +89,7 @@ class Loader:
         self._traces = LoadTraces()
         self._checked: dict[AdapterKey, Checked] = {}
         self._fetchers: dict[str, Workers] = {}  # by lane: a slow server holds up its own alone
-        self._packers = Workers("pack", settings.loader_threads)
+        self._packers = Workers("pack", packing.count)
         self._loop = asyncio.new_event_loop()
         self._deadline: asyncio.TimerHandle | None = None
         self._broken: BaseException | None = None
@@ -103,6 +104,7 @@ class Loader:
             self._loop.run_forever()
         finally:
             self._packers.close()
+            self._packing.close()
             self._loop.close()
         if self._broken is not None:
             raise self._broken
@@ -180,8 +182,8 @@ class Loader:
         self._fetchers[lane].submit(partial(self._run_job, key, fetch, self._on_fetched))
 
     def _start_pack(self, action: StartPack) -> None:
-        extent = self._arena[action.offset : action.offset + action.nbytes]
-        pack = partial(pack_checked, self._checked.pop(action.key), extent)
+        into = partial(self._packing.pack, offset=action.offset)
+        pack = partial(pack_checked, self._checked.pop(action.key), into)
         self._packers.submit(partial(self._run_job, action.key, pack, self._on_packed))
 
     def _run_job(
@@ -274,12 +276,13 @@ def base_model(settings: Settings) -> BaseModel:
 
 def main(settings: Settings, incarnation: Incarnation) -> None:
     torch.set_num_threads(1)
+    nursery = Nursery()  # before there are threads
     disable_progress_bars()
     folder = run_folder(settings)
     base = base_model(settings)
     sources = enabled_sources(settings)
     path = arena_path(folder)
-    arena = create(path, settings.arena_bytes)
+    create(path, settings.arena_bytes)
     outbox = Outbox(folder, incarnation)
     inbox: Inbox[ToAdapterLoader] = Inbox(
         folder, PROCESS, incarnation.index, ToAdapterLoader, outbox
@@ -289,7 +292,9 @@ def main(settings: Settings, incarnation: Incarnation) -> None:
             settings=settings,
             base=base,
             sources=sources,
-            arena=memoryview(arena),
+            packing=PackingProcesses(
+                nursery, path, settings.arena_bytes, settings.packing_processes
+            ),
             inbox=inbox,
             outbox=outbox,
             incarnation=incarnation,
@@ -301,6 +306,7 @@ def main(settings: Settings, incarnation: Incarnation) -> None:
     finally:
         inbox.close()
         outbox.close()
+        nursery.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from pipeline.messages import AdapterKey, Failure, FailureKind
 from pipeline.metrics import REGISTRY
 
 T = TypeVar("T")
+AnyPlan = Plan | MergePlan
 log = logging.getLogger(__name__)
 
 STAGE_SECONDS = Histogram(
@@ -40,7 +41,7 @@ class Checked(msgspec.Struct, frozen=True):
 
     key: AdapterKey
     files: tuple[AdapterFiles, ...]  # one, or those of the parts of a merge
-    plan: Plan | MergePlan
+    plan: AnyPlan
 
     @property
     def identity(self) -> Identity:
@@ -70,7 +71,7 @@ def fetch_and_check(
                 with _naming(part, key):
                     modules.append(_check(of_part, base))
             merge = key.merge
-            planned: Plan | MergePlan
+            planned: AnyPlan
             if merge is None:
                 planned = plan(modules[0], base)
             else:
@@ -79,15 +80,22 @@ def fetch_and_check(
         return Checked(key, tuple(files), planned)
 
 
-def pack_checked(checked: Checked, extent: memoryview) -> str:
-    """Fill the extent and close the files; returns the content's digest. Raises RequestError."""
+def fill(plan: AnyPlan, weights: Sequence[int], extent: memoryview) -> str:
+    """Pack what the open files hold; returns the content's digest. Raises RequestError."""
+    if isinstance(plan, Plan):
+        return pack(weights[0], plan, extent)
+    return pack_merge(weights, plan, extent)
+
+
+def pack_checked(checked: Checked, pack_into: Callable[[AnyPlan, Sequence[int]], str]) -> str:
+    """Have it packed, and close the files; returns the content's digest. Raises RequestError.
+
+    pack_into  does what `fill` does, for some extent
+    """
     try:
         weights = [files.weights for files in checked.files]
         with _timed(checked.key, "pack"):
-            if isinstance(checked.plan, Plan):
-                content = pack(weights[0], checked.plan, extent)
-            else:
-                content = pack_merge(weights, checked.plan, extent)
+            content = pack_into(checked.plan, weights)
         if any(files.has_changed() for files in checked.files):
             raise unavailable(f"{WEIGHTS_FILE} changed while it was read")
         return content

@@ -20,7 +20,7 @@ from pipeline.adapter_layout import MAX_RANK, AdapterLayout
 from pipeline.messages import Merge
 
 
-class MergePlan(msgspec.Struct, frozen=True):
+class MergePlan(msgspec.Struct, frozen=True, tag=True):
     """How checkpoints will be merged and packed. placed.nbytes is the size of the extent."""
 
     dtype: str

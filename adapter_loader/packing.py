@@ -34,7 +34,7 @@ CHUNK_BYTES = 1 << 20  # of the packed adapter; a group that is larger is a chun
 TRANSPOSED_COLUMNS = 16  # at a time: 32 or 64 bytes of each row
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, tag=True):
     """How a checkpoint will be packed. placed.nbytes is the size of the extent."""
 
     dtype: str

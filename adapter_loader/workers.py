@@ -14,10 +14,6 @@ class Workers:
 
     The threads are daemons: the process may end in the middle of a download. Jobs that run native
     code must not be cut off like that; `close` waits for those that have begun.
-
-    Beside a thread that makes tokens they get a tenth of a core, and they do not interrupt it
-    (SCHED_BATCH). SCHED_IDLE would be politer still, but where all cores are busy no load would
-    come to its end.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -45,7 +41,16 @@ class Workers:
             thread.join()
 
     def _work(self) -> None:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
-        os.setpriority(os.PRIO_PROCESS, 0, NICE)
+        give_way()
         while (job := self._jobs.get()) is not None:
             job()
+
+
+def give_way() -> None:
+    """Beside a thread that makes tokens, this one gets a tenth of a core from now on.
+
+    And it does not interrupt it (SCHED_BATCH). SCHED_IDLE would be politer still, but where all
+    cores are busy no load would come to its end.
+    """
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # 0: this thread
+    os.setpriority(os.PRIO_PROCESS, 0, NICE)

@@ -1,6 +1,6 @@
 """How fast the loader brings adapters from the page cache into the arena.
 
-    python -m benchmarks.adapter_load [--threads 1 2 4] [--rounds 3] [--adapters 32] [--rank 16]
+    python -m benchmarks.adapter_load [--processes 1 2 4] [--rounds 3] [--adapters 32] [--rank 16]
         [--json FILE]
 
 The real adapter_loader, for Llama-3.1-8B in bf16 (84 MB per adapter of rank 16), with this script
@@ -8,13 +8,12 @@ as its scheduler: it asks for all adapters at once and gives each extent back wh
 The arena holds half of them, so that every load is cold; their files lie in the page cache. The
 first round is the first use of the arena's pages.
 
-GB/s is of packed bytes, by the clock; GB/s per core is by the processor time of the whole process.
-Stages are seconds per adapter, by the clock of the thread that has it.
+GB/s is of packed bytes, by the clock; GB/s per core is by the processor time of the loader and its
+packing processes. Stages are seconds per adapter, by the clock of the thread that has it.
 """
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import psutil
 
 from benchmarks.adapters import AdapterKind
 from benchmarks.engine import Metrics, start_process
@@ -53,7 +53,6 @@ PROCESS = "adapter_loader"
 STAGES = ("fetch", "check", "pack")
 DISTINCT = 16  # weight files that are written; the other adapters are links to them
 WAIT_MS = 60_000
-CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Round(NamedTuple):
@@ -124,8 +123,9 @@ class Loader:
         return messages
 
     def _processor_seconds(self) -> float:
-        stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(stat[11]) + int(stat[12])) / CLOCK_TICKS  # user and system
+        loader = psutil.Process(self._process.pid)
+        spent = [one.cpu_times() for one in (loader, *loader.children(recursive=True))]
+        return sum(times.user + times.system for times in spent)
 
 
 @contextmanager
@@ -144,14 +144,14 @@ def warm(root: Path) -> None:
 
 
 def measure(
-    loader: Loader, names: list[str], threads: int, rounds: int
+    loader: Loader, names: list[str], processes: int, rounds: int
 ) -> Iterator[dict[str, Any]]:
     for number in range(rounds):
         before = loader.metrics()
         done = loader.load(names)
         after = loader.metrics()
         yield {
-            "threads": threads,
+            "processes": processes,
             "round": number,
             "gb_per_s": done.nbytes / done.clock / 1e9,
             "gb_per_s_per_core": done.nbytes / done.processor / 1e9,
@@ -169,7 +169,7 @@ def spent(before: Metrics, after: Metrics, stage: str) -> float:
 def show(row: dict[str, Any]) -> None:
     stages = "  ".join(f"{stage} {1e3 * row[f'{stage}_s']:6.1f} ms" for stage in STAGES)
     print(
-        f"{row['threads']:3} threads, round {row['round']}: {row['gb_per_s']:6.2f} GB/s, "
+        f"{row['processes']:3} processes, round {row['round']}: {row['gb_per_s']:6.2f} GB/s, "
         f"{row['gb_per_s_per_core']:6.2f} per core, {row['adapters_per_s']:6.1f} adapters/s  "
         f"{stages}",
         flush=True,
@@ -178,7 +178,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
@@ -198,12 +198,14 @@ def main() -> None:
         nbytes = kind.nbytes(read_model_config(Path(settings.model_folder)))
         warm(Path(name) / ADAPTERS)
         print(f"{machine()}, commit {commit()}; {options.adapters} adapters of {nbytes} bytes")
-        for threads in options.threads:
+        for processes in options.processes:
             changed = msgspec.structs.replace(
-                settings, loader_threads=threads, arena_bytes=nbytes * options.adapters // 2
+                settings,
+                packing_processes=processes,
+                arena_bytes=nbytes * options.adapters // 2,
             )
             with loading(changed, Path(name)) as loader:
-                for row in measure(loader, names, threads, options.rounds):
+                for row in measure(loader, names, processes, options.rounds):
                     show(row)
                     rows.append(row)
     if options.json:

@@ -25,6 +25,7 @@ from frontend.authorization import (
 from frontend.calls import Call, Dialect
 from frontend.commands import Commands
 from frontend.downstream import Downstream
+from frontend.embeddings import AT_ONCE, Embeddings, no_classification
 from frontend.exchange import Headers, HttpReply
 from frontend.generate import Generate
 from frontend.lorax import Lorax
@@ -35,6 +36,7 @@ from frontend.startup import Startup
 from frontend.tokenization import Tokenization
 from frontend.tracing import Tracing
 from pipeline.config import Settings
+from pipeline.messages import PoolingKind
 
 Handler = Callable[[Request, Exception], Awaitable[Response]]
 
@@ -51,7 +53,9 @@ def make_app(
     tracing: Tracing | None = None,
 ) -> Starlette:
     """The application of one frontend. It changes nothing that outlives it but metrics."""
-    openai, lorax = _dialects(settings, processes, _names(settings, downstream.aliases.find))
+    names = _names(settings, downstream.aliases.find)
+    openai, lorax = _dialects(settings, processes, names)
+    embeddings = _embeddings(settings, processes, names)
     keys = ServerKeys(settings)
     used = UsedAdapters()
     adapter_metrics = AdapterMetrics(settings.adapter_labels)
@@ -91,10 +95,15 @@ def make_app(
         routes=[
             generate("/v1/chat/completions", openai, openai.chat),
             generate("/v1/completions", openai, openai.completion),
+            generate("/v1/embeddings", openai, embeddings.openai),
             generate("/", lorax, lorax.compatible),
             generate("/invocations", lorax, lorax.compatible),
             generate("/generate", lorax, lorax.generate),
             generate("/generate_stream", lorax, lorax.generate_stream),
+            generate("/embed", lorax, embeddings.lorax),
+            generate("/pipeline/feature-extraction", lorax, embeddings.feature_extraction),
+            generate("/classify", lorax, no_classification),
+            generate("/classify_batch", lorax, no_classification),
             *administration.routes(),
             Route("/v1/models", operations.models),
             Route("/v1/models/{model:path}", operations.model),
@@ -176,6 +185,16 @@ def _dialects(
         compute_type=lambda: _compute_type(processes),
     )
     return openai, lorax
+
+
+def _embeddings(settings: Settings, processes: Processes, names: AdapterNames) -> Embeddings:
+    return Embeddings(
+        base_model=settings.model_id,
+        adapters=names,
+        pooling=PoolingKind(settings.pooling),
+        hidden_size=lambda: processes.fact("gpu_worker", "hidden_size"),
+        at_once=min(AT_ONCE, settings.max_tenant_waiting or AT_ONCE),
+    )
 
 
 def _compute_type(processes: Processes) -> str:

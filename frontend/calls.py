@@ -5,7 +5,7 @@ from typing import Protocol
 
 import msgspec
 
-from frontend.exchange import Headers, HttpReply
+from frontend.exchange import Headers, HttpReply, PiecewiseReply
 from frontend.tracing import RequestSpan
 from pipeline.errors import RequestError
 from pipeline.messages import End, FailureKind, FinishReason, Piece, Prompt, PromptDetails, Usage
@@ -53,18 +53,27 @@ class Part(msgspec.Struct, frozen=True, gc=False):
     prompt: PromptDetails | None = None  # in each part, if they were asked for
 
 
-class ChoicesShape(ABC):
+class WholeShape(ABC):
+    """How the reply to a request is written down that comes in one piece."""
+
+    @abstractmethod
+    def whole(self, parts: list[Part]) -> HttpReply | PiecewiseReply:
+        """One part for each choice, in order, with its end."""
+
+    @abstractmethod
+    def refusal(self, error: RequestError) -> HttpReply:
+        """The reply when nothing has been sent yet."""
+
+    def failed(self, choice: int, error: RequestError) -> HttpReply:
+        """The same, if it is this choice that has failed."""
+        return self.refusal(error)
+
+
+class ChoicesShape(WholeShape):
     """How the reply to a request is written down that may have several choices.
 
     As ReplyShape in all else.
     """
-
-    @abstractmethod
-    def whole(self, parts: list[Part]) -> HttpReply:
-        """The reply that is not streamed: one part for each choice, in order, with its end."""
-
-    @abstractmethod
-    def refusal(self, error: RequestError) -> HttpReply: ...
 
     @abstractmethod
     def stream_headers(self) -> Headers: ...
@@ -119,19 +128,21 @@ class OneChoice(ChoicesShape):
 class Call(msgspec.Struct, frozen=True):
     """A request that was understood.
 
-    prompt  its request id and time of arrival are not set yet
-    others  prompts that come with it, for the same adapter
+    prompt   its request id and time of arrival are not set yet
+    others   prompts that come with it, for the same adapter
+    at_once  of its prompts, how many may run; None: all. With `streamed` it is None
     """
 
     prompt: Prompt
-    shape: ReplyShape | ChoicesShape
+    shape: ReplyShape | WholeShape
     streamed: bool
     others: tuple[Prompt, ...] = ()
     span: RequestSpan | None = None  # while it is traced
+    at_once: int | None = None
 
     @property
-    def choices_shape(self) -> ChoicesShape:
-        return self.shape if isinstance(self.shape, ChoicesShape) else OneChoice(self.shape)
+    def whole_shape(self) -> WholeShape:
+        return self.shape if isinstance(self.shape, WholeShape) else OneChoice(self.shape)
 
 
 class Dialect(Protocol):

@@ -4,8 +4,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 
 import msgspec
 
@@ -50,11 +51,17 @@ class Reply:
 
     prompts             with their request ids
     keep_alive_seconds  time without a word after which `next` returns with nothing; 0: never
+    send_next           called whenever one has ended, of a call that is not streamed
     """
 
     def __init__(
-        self, streams: Streams, prompts: Sequence[Prompt], keep_alive_seconds: float
+        self,
+        streams: Streams,
+        prompts: Sequence[Prompt],
+        keep_alive_seconds: float,
+        send_next: Callable[[], None] | None = None,
     ) -> None:
+        self._send_next = send_next
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._gone = False
@@ -65,15 +72,16 @@ class Reply:
         if keep_alive_seconds:
             self._timer = self._loop.call_later(keep_alive_seconds, self._check_quiet)
         self._streamed = bool(keep_alive_seconds)
-        self.prompts: list[tuple[Prompt, list[Stream]]] = []  # and the choices of each
+        self.choices_of: dict[int, list[Stream]] = {}  # by prompt
         self.streams: list[Stream] = []  # by choice
         self._told: list[Stream] = []  # by choice, whose stream is told of its prompt
+        wake = self._wake if send_next is None else self._one_has_ended
         for prompt in prompts:
             own = [
-                streams.open(request_id, wake=self._wake, streamed=self._streamed)
+                streams.open(request_id, wake=wake, streamed=self._streamed)
                 for request_id in request_ids(prompt.request_id, prompt.choices)
             ]
-            self.prompts.append((prompt, own))
+            self.choices_of[prompt.request_id] = own
             self.streams += own
             self._told += own[:1] * len(own)
         self._only = self.streams[0] if len(self.streams) == 1 else None
@@ -120,6 +128,11 @@ class Reply:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+
+    def _one_has_ended(self) -> None:
+        if self._send_next is not None:
+            self._send_next()
+        self._wake()
 
     def _wake(self) -> None:
         waiter = self._waiter
@@ -211,15 +224,19 @@ class Downstream:
             )
 
     @contextmanager
-    def start(self, *prompts: Prompt, streamed: bool) -> Iterator[Reply]:
+    def start(
+        self, *prompts: Prompt, streamed: bool, at_once: int | None = None
+    ) -> Iterator[Reply]:
         """Send the prompts of a call, under request ids of their own; gives what its reply arrives
-        in. They are for the same adapter, and take one place together.
+        in. They are for the same adapter, and take one place together. If at most `at_once` may
+        run, each of one choice and not streamed, the others are sent as those before them end.
 
         Raises RequestError when nobody is let in. When the context is left before the end has
         come, what is left of the call is cancelled.
         """
         with self._place() as worker:
-            yield from self._start(worker, self._numbered(prompts), streamed=streamed)
+            numbered = self._numbered(prompts)
+            yield from self._start(worker, numbered, streamed=streamed, at_once=at_once)
 
     @contextmanager
     def _place(self) -> Iterator[int]:
@@ -233,30 +250,42 @@ class Downstream:
             if not self.admission.in_flight:
                 self._idle.set()
 
-    def _start(self, worker: int, numbered: list[Prompt], *, streamed: bool) -> Iterator[Reply]:
+    def _start(
+        self, worker: int, numbered: list[Prompt], *, streamed: bool, at_once: int | None
+    ) -> Iterator[Reply]:
         """See start."""
         first = numbered[0]
-        reply = Reply(self._streams, numbered, self._keep_alive_seconds if streamed else 0.0)
+        left = iter(numbered)
+
+        def send(prompts: Iterable[Prompt]) -> None:
+            for prompt in prompts:
+                self._prompts.add(worker, prompt, reply.choices_of[prompt.request_id])
+                self._send("tokenizer_workers", prompt, worker)
+
+        reply = Reply(
+            self._streams,
+            numbered,
+            self._keep_alive_seconds if streamed else 0.0,
+            None if at_once is None else lambda: send(islice(left, 1)),
+        )
         for stream in reply.streams:
             self._worker_of[stream.request_id] = worker
-        for prompt, own in reply.prompts:
-            self._prompts.add(worker, prompt, own)
         try:
             if first.adapter is not None:
                 self.aliases.began(first.request_id, first.adapter)
                 prefetch = Prefetch(first.adapter, first.adapter_token, first.tenant, first.trace)
                 self._send("scheduler", prefetch, 0)
-            for prompt in numbered:
-                self._send("tokenizer_workers", prompt, worker)
+            send(islice(left, at_once))
             yield reply
         finally:
             reply.close()
+            unsent = {prompt.request_id for prompt in left}
             for prompt in numbered:
                 self._prompts.remove(worker, prompt.request_id)
             for stream in reply.streams:
                 self._streams.close(stream.request_id)
                 del self._worker_of[stream.request_id]
-                if not stream.ended:
+                if not (stream.ended or stream.request_id in unsent):
                     self._send("tokenizer_workers", Cancel(stream.request_id), worker)
             self.aliases.ended(first.request_id)
 

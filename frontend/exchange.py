@@ -1,5 +1,8 @@
 """One HTTP exchange: a body in, a reply out, and who notices that the client has gone."""
 
+import asyncio
+from collections.abc import Iterable
+
 import msgspec
 from starlette.types import Receive, Scope, Send
 
@@ -28,6 +31,23 @@ class HttpReply(msgspec.Struct, frozen=True):
             }
         )
         await send({"type": "http.response.body", "body": self.body})
+
+
+class PiecewiseReply(msgspec.Struct, frozen=True):
+    """A reply whose body is made as it is sent: however long it is, others have their turns."""
+
+    status: int
+    pieces: Iterable[bytes]
+    headers: Headers = JSON
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it, once."""
+        start = {"type": "http.response.start", "status": self.status, "headers": [*self.headers]}
+        await send(start)
+        for piece in self.pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await asyncio.sleep(0)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class ClientGone(Exception):

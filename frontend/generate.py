@@ -1,4 +1,4 @@
-"""The endpoint of every route that generates: a body becomes a call, and the call a reply."""
+"""The endpoint of each route that generates or embeds: a body becomes a call, a call a reply."""
 
 import asyncio
 import logging
@@ -13,7 +13,15 @@ from frontend import metrics
 from frontend.adapter_metrics import AdapterMetrics
 from frontend.adapters import UsedAdapters
 from frontend.authorization import Authorization, ServerKeys
-from frontend.calls import Call, ChoicesShape, Dialect, Part, end_of_all, error_of
+from frontend.calls import (
+    Call,
+    ChoicesShape,
+    Dialect,
+    Part,
+    WholeShape,
+    end_of_all,
+    error_of,
+)
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
     CLIENT_GONE,
@@ -28,12 +36,13 @@ from frontend.processes import Processes
 from frontend.sse import HEADERS, KEEP_ALIVE
 from frontend.tracing import RequestSpan, Tracing
 from pipeline.errors import RequestError
-from pipeline.messages import End
+from pipeline.messages import End, FinishReason
 
 log = logging.getLogger(__name__)
 
 
 class _Failed(NamedTuple):
+    choice: int
     end: End
     error: RequestError
 
@@ -43,7 +52,7 @@ def _failed(parts: list[Part]) -> _Failed | None:
     for part in parts:
         error = error_of(part.end)
         if part.end is not None and error is not None:
-            return _Failed(part.end, error)
+            return _Failed(part.choice, part.end, error)
     return None
 
 
@@ -119,12 +128,14 @@ class Generate:
         """Have it done; gives the status that was sent. Raises ClientGone."""
         try:
             prompts = (call.prompt, *call.others)
-            with self._downstream.start(*prompts, streamed=call.streamed) as reply:
+            with self._downstream.start(
+                *prompts, streamed=call.streamed, at_once=call.at_once
+            ) as reply:
                 gone = asyncio.create_task(wait_until_gone(receive))
                 gone.add_done_callback(lambda _: reply.client_gone())
                 try:
                     status, ends = await self._send(
-                        call.choices_shape, call.streamed, reply, arrived, scope, receive, send
+                        call.whole_shape, call.streamed, reply, arrived, scope, receive, send
                     )
                 finally:
                     gone.cancel()
@@ -137,7 +148,7 @@ class Generate:
 
     async def _send(
         self,
-        shape: ChoicesShape,
+        shape: WholeShape,
         streamed: bool,
         reply: Reply,
         arrived: float,
@@ -152,9 +163,10 @@ class Generate:
         parts = await reply.next()
         failed = _failed(parts)
         if streamed and (failed is None or any(part.pieces for part in parts)):
+            assert isinstance(shape, ChoicesShape)
             return 200, await self._stream(shape, reply, parts, arrived, send)
         if failed is not None:
-            refusal = shape.refusal(failed.error)
+            refusal = shape.failed(failed.choice, failed.error)
             await refusal(scope, receive, send)
             return refusal.status, [failed.end]
         whole = shape.whole(parts)
@@ -222,7 +234,10 @@ class Generate:
                 error.kind,
             )
             return
-        metrics.count_answer(end.usage)
+        if end.reason is FinishReason.EMBEDDED:
+            metrics.count_embeddings(end.usage, inputs=1 + len(call.others))
+        else:
+            metrics.count_answer(end.usage)
         if adapter is not None:
             for part in adapter.parts:
                 self._used.add(part)

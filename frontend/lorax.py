@@ -1,7 +1,7 @@
 """LoRAX's requests: what they say, what of it is honoured, and the Call that comes of it."""
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -32,16 +32,23 @@ from pipeline.messages import (
     Sampling,
 )
 
+T = TypeVar("T")
+
 Unsigned = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
 
-class Parameters(msgspec.Struct, kw_only=True):
-    """As LoRAX's; null is the same as leaving a field out. Unknown fields are ignored."""
+class AdapterParameters(msgspec.Struct, kw_only=True):
+    """Which adapter; null is the same as leaving a field out. Unknown fields are ignored."""
 
     adapter_id: str | None = None
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+
+
+class Parameters(AdapterParameters, kw_only=True):
+    """As LoRAX's."""
+
     best_of: Unsigned | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
@@ -124,22 +131,14 @@ class Lorax:
     def _understand(
         self, body: bytes, authorization: Authorization | None, *, streamed: bool | None
     ) -> Call | HttpReply:
-        try:
-            request = decode(self._requests, body)
-        except MalformedJson as error:
-            return http_error(400, str(error))
-        except RequestError as error:
-            return not_understood(error)
+        request = read(self._requests, body)
+        if isinstance(request, HttpReply):
+            return request
         stream = bool(request.stream) if streamed is None else streamed
         try:
             return self._call(request, authorization, streamed=stream, in_list=streamed is None)
-        except UnknownSource as error:
-            failed = RequestError(
-                424, FailureKind.ADAPTER_UNAVAILABLE, f"Server error: {error.message}"
-            )
-            return refusal(failed, streamed=stream)
         except RequestError as error:
-            return refusal(error, streamed=stream)
+            return refusal(as_told(error), streamed=stream)
 
     def _call(
         self,
@@ -160,7 +159,7 @@ class Lorax:
             raise ParameterError("seed", "`seed` must not be set when `best_of` > 1")
         if not request.inputs:
             raise ParameterError("inputs", "`inputs` cannot be empty")
-        wanted = self._wanted(parameters, authorization)
+        wanted = wanted_adapter(self._adapters, parameters, authorization)
         scored = bool(parameters.decoder_input_details)
         details = scored or bool(parameters.details)
         tokens = streamed or details or best_of > 1
@@ -214,25 +213,52 @@ class Lorax:
             raise ParameterError(
                 "best_of", f"`best_of` must be > 0 and <= {most}. Given: {best_of}"
             )
-        if parameters.merged_adapters is None:
-            return
-        if parameters.adapter_id:
-            raise ParameterError(
-                "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
-            )
-        check_weights(parameters.merged_adapters)
+        check_adapters(parameters)
 
-    def _wanted(self, parameters: Parameters, authorization: Authorization | None) -> Wanted | None:
-        token = source_token(parameters.api_token, authorization)
 
-        def find(name: str | None) -> Wanted | None:
-            return self._adapters.find(
-                name, source=parameters.adapter_source, token=token, parameter="adapter_id"
-            )
+def check_adapters(parameters: AdapterParameters) -> None:
+    """That they name one adapter at most. Raises ParameterError."""
+    if parameters.merged_adapters is None:
+        return
+    if parameters.adapter_id:
+        raise ParameterError(
+            "merged_adapters", "at most one of `adapter_id` or `adapters` may be provided"
+        )
+    check_weights(parameters.merged_adapters)
 
-        if parameters.merged_adapters is None:
-            return find(parameters.adapter_id)
-        return merged(parameters.merged_adapters, find)
+
+def wanted_adapter(
+    adapters: AdapterNames, parameters: AdapterParameters, authorization: Authorization | None
+) -> Wanted | None:
+    """What they name. Raises RequestError."""
+    token = source_token(parameters.api_token, authorization)
+
+    def find(name: str | None) -> Wanted | None:
+        return adapters.find(
+            name, source=parameters.adapter_source, token=token, parameter="adapter_id"
+        )
+
+    if parameters.merged_adapters is None:
+        return find(parameters.adapter_id)
+    return merged(parameters.merged_adapters, find)
+
+
+def read(decoder: msgspec.json.Decoder[T], body: bytes) -> T | HttpReply:
+    """What a body holds, or what is wrong with it."""
+    try:
+        return decode(decoder, body)
+    except MalformedJson as error:
+        return http_error(400, str(error))
+    except RequestError as error:
+        return not_understood(error)
+
+
+def as_told(error: RequestError) -> RequestError:
+    """LoRAX finds out that there is no such source when it is about to load the adapter."""
+    if isinstance(error, UnknownSource):
+        sentence = f"Server error: {error.message}"
+        return RequestError(424, FailureKind.ADAPTER_UNAVAILABLE, sentence)
+    return error
 
 
 def _grammar(parameters: Parameters) -> Grammar | None:

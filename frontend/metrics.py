@@ -50,6 +50,9 @@ PROMPT_TOKENS = Counter(
 GENERATED_TOKENS = Counter(
     "loradex_generated_tokens", "Tokens of the replies that ended well", registry=REGISTRY
 )
+EMBEDDINGS = Counter(
+    "loradex_embeddings", "Texts that were embedded, several of a request too", registry=REGISTRY
+)
 ENDS = Counter(
     "loradex_request_ends",
     "Accepted requests that have ended, by the reason",
@@ -95,13 +98,23 @@ ADAPTER_FIRST_TOKEN_SECONDS = Histogram(
 )
 
 
+def count_embeddings(usage: Usage, *, inputs: int) -> None:
+    """A request to embed so many has ended well."""
+    _count_prompt(usage.prompt_tokens)
+    EMBEDDINGS.inc(inputs)
+
+
 def count_answer(usage: Usage) -> None:
     """A request has ended well."""
-    prompt, generated = usage.prompt_tokens, usage.completion_tokens
-    PROMPT_TOKENS.inc(prompt)
+    _count_prompt(usage.prompt_tokens)
+    generated = usage.completion_tokens
     GENERATED_TOKENS.inc(generated)
-    REQUEST_PROMPT_TOKENS.observe(prompt)
     REQUEST_GENERATED_TOKENS.observe(generated)
     if generated > 1:
         seconds = usage.total_seconds - usage.first_token_seconds
         TOKEN_SECONDS.observe(seconds / (generated - 1))
+
+
+def _count_prompt(tokens: int) -> None:
+    PROMPT_TOKENS.inc(tokens)
+    REQUEST_PROMPT_TOKENS.observe(tokens)

@@ -65,11 +65,13 @@ class OpenPrompts:
         self._open[worker][prompt.request_id] = OpenPrompt(prompt, streams)
 
     def remove(self, worker: int, request_id: int) -> None:
-        del self._open[worker][request_id]
+        """Nobody waits for it; perhaps it was never sent."""
+        self._open[worker].pop(request_id, None)
 
     def started(self, worker: int) -> list[Prompt]:
         """A worker was started again: what it is to be sent again."""
-        again = [one.again() for one in self._open[worker].values()]
+        sent = list(self._open[worker].values())  # what ends here may have another one sent
+        again = [one.again() for one in sent]
         return [prompt for prompt in again if prompt is not None]
 
     def open_ids(self, worker: int) -> list[int]:

@@ -111,10 +111,19 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: bool = False  # ignored: random padding of chunks
 
 
-class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """What both routes take. A field that is not here is refused."""
+class AdapterFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """How a request names its adapter. A field that is not here or below is refused."""
 
     model: str
+    # not OpenAI's
+    adapter_source: str | None = None
+    merged_adapters: MergedAdapters | None = None
+    api_token: str | None = None
+
+
+class Request(AdapterFields, kw_only=True):
+    """What both routes take."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -135,9 +144,6 @@ class Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ignore_eos_token: bool | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] | None = None
     stop_token_ids: list[TokenId] | None = None
-    adapter_source: str | None = None
-    merged_adapters: MergedAdapters | None = None
-    api_token: str | None = None
     # grammars, see structured
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -233,11 +239,11 @@ class OpenAI:
 
     def chat(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a chat asks for, or why it cannot be had."""
-        return _understand(lambda: self._chat(decode(self._chats, body), authorization))
+        return understand(lambda: self._chat(decode(self._chats, body), authorization))
 
     def completion(self, body: bytes, authorization: Authorization | None) -> Call | HttpReply:
         """What a completion asks for, or why it cannot be had."""
-        return _understand(lambda: self._completion(decode(self._completions, body), authorization))
+        return understand(lambda: self._completion(decode(self._completions, body), authorization))
 
     def _chat(self, request: ChatRequest, authorization: Authorization | None) -> Call:
         prompt = self._prompt(request, authorization)
@@ -309,7 +315,7 @@ class OpenAI:
     def _prompt(self, request: Request, authorization: Authorization | None) -> Prompt:
         """All of it but what is to be continued, and how far."""
         _check_implemented(request, NOT_IMPLEMENTED)
-        wanted = self._wanted(request, authorization)
+        wanted = wanted_adapter(self._adapters, request, authorization)
         return Prompt(
             request_id=0,
             arrived=0.0,
@@ -323,26 +329,29 @@ class OpenAI:
             grammar=_grammar(request),
         )
 
-    def _wanted(self, request: Request, authorization: Authorization | None) -> Wanted | None:
-        token = source_token(request.api_token, authorization)
 
-        def find(name: str) -> Wanted | None:
-            return self._adapters.find(
-                name, source=request.adapter_source, token=token, parameter="model"
-            )
+def wanted_adapter(
+    adapters: AdapterNames, request: AdapterFields, authorization: Authorization | None
+) -> Wanted | None:
+    """What the request names. Raises RequestError."""
+    token = source_token(request.api_token, authorization)
 
-        stands_in = request.adapter_source is None and self._adapters.is_stand_in(request.model)
-        named = None if stands_in else find(request.model)
-        if request.merged_adapters is None:
-            return named
-        if named is not None:
-            raise ParameterError(
-                "merged_adapters", "with `merged_adapters`, `model` must be the base model"
-            )
-        return merged(request.merged_adapters, find)
+    def find(name: str) -> Wanted | None:
+        return adapters.find(name, source=request.adapter_source, token=token, parameter="model")
+
+    stands_in = request.adapter_source is None and adapters.is_stand_in(request.model)
+    named = None if stands_in else find(request.model)
+    if request.merged_adapters is None:
+        return named
+    if named is not None:
+        raise ParameterError(
+            "merged_adapters", "with `merged_adapters`, `model` must be the base model"
+        )
+    return merged(request.merged_adapters, find)
 
 
-def _understand(read: Callable[[], Call]) -> Call | HttpReply:
+def understand(read: Callable[[], Call]) -> Call | HttpReply:
+    """What is read, or why it cannot be."""
     try:
         return read()
     except MalformedJson as error:
@@ -494,22 +503,24 @@ def _one_of(prompt: Prompt, one: str | bytes, *, first_choice: int) -> Prompt:
     )
 
 
-def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | bytes]:
+def prompts_of(
+    prompt: str | list[str | int | list[int]], parameter: str = "prompt"
+) -> list[str | bytes]:
     """Each a text or token ids (int32[n]): a prompt may be one of these, or a list of them."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
-        raise ParameterError("prompt", "`prompt` cannot be empty")
+        raise ParameterError(parameter, f"`{parameter}` cannot be empty")
     if all(isinstance(one, int) for one in prompt):
         return [array("i", [one for one in prompt if isinstance(one, int)]).tobytes()]
-    return [_prompt_of(one) for one in prompt]
+    return [_prompt_of(one, parameter) for one in prompt]
 
 
-def _prompt_of(one: str | int | list[int]) -> str | bytes:
+def _prompt_of(one: str | int | list[int], parameter: str) -> str | bytes:
     if isinstance(one, int):
-        raise ParameterError("prompt", "`prompt` mixes token ids with other things")
+        raise ParameterError(parameter, f"`{parameter}` mixes token ids with other things")
     if not one:
-        raise ParameterError("prompt", "`prompt` cannot hold empty prompts")
+        raise ParameterError(parameter, f"`{parameter}` cannot hold empty {parameter}s")
     return one if isinstance(one, str) else array("i", one).tobytes()
 
 

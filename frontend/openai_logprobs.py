@@ -17,7 +17,8 @@ class LogprobsShape(Protocol):
 class ChatLogprobs:
     """`logprobs.content` of a chat: the tokens of its content, whose bytes joined are the content.
 
-    What is not in the content, such as the end of the turn, is not here either.
+    What is not in the content, such as the end of the turn, is not here either; but for calls of
+    tools, of which the tokens are here that the model wrote them with.
     """
 
     def of(self, tokens: Sequence[TokenDetail]) -> dict[str, Any]:

@@ -259,13 +259,18 @@ class ChatShape(Shape):
             return super().events(pieces)
         events = b""
         for piece in pieces:
-            events += super().events([piece])
+            events += super().events([piece]) if piece.text else self._tokens_alone(piece)
             self._has_called = self._has_called or bool(piece.tool_calls)
             events += b"".join([self._delta(call_delta(part)) for part in piece.tool_calls])
         return events
 
-    def _delta(self, delta: dict[str, Any]) -> bytes:
-        choice = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": None}
+    def _tokens_alone(self, piece: Piece) -> bytes:
+        """What is told of tokens that are none of the content: there may be none of that."""
+        logprobs = None if self._logprobs is None else self._logprobs.of(piece.tokens)
+        return self._delta({}, logprobs) if logprobs is not None and logprobs["content"] else b""
+
+    def _delta(self, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> bytes:
+        choice = {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
         return self._chunk([choice])
 
     def _content(self, pieces: list[Piece]) -> dict[str, Any]:

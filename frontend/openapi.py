@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from frontend import administration, lorax, openai, reply_schemas, tokenization
+from frontend import administration, embeddings, lorax, openai, reply_schemas, tokenization
 
 JSON, STREAM, TEXT, HTML = "application/json", "text/event-stream", "text/plain", "text/html"
 SCHEMAS = "#/components/schemas/"
@@ -70,6 +70,15 @@ OPERATIONS = (
         openai.CompletionRequest,
         reply_schemas.Completion,
     ),
+    Operation(
+        "post",
+        "/v1/embeddings",
+        "OpenAI",
+        "Embed texts",
+        embeddings.EmbeddingRequest,
+        {JSON: reply_schemas.EmbeddingList},
+        reply_schemas.OpenAIError,
+    ),
     _openai("get", "/v1/models", "The base model and adapters", None, reply_schemas.Models),
     _openai("get", "/v1/models/{model}", "One of them", None, reply_schemas.Model),
     Operation(
@@ -104,6 +113,24 @@ OPERATIONS = (
         lorax.Request,
         {JSON: list[reply_schemas.Generated], STREAM: str},
     ),
+    Operation(
+        "post",
+        "/embed",
+        "LoRAX",
+        "Embed a text",
+        embeddings.EmbedRequest,
+        {JSON: reply_schemas.LoraxEmbedding},
+    ),
+    Operation(
+        "post",
+        "/pipeline/feature-extraction",
+        "LoRAX",
+        "Embed texts, as Hugging Face's clients ask for it",
+        embeddings.FeatureExtractionRequest,
+        {JSON: list[list[float]]},
+    ),
+    Operation("post", "/classify", "LoRAX", "Refused: no model here has a classification head"),
+    Operation("post", "/classify_batch", "LoRAX", "Refused, as `/classify`"),
     Operation(
         "post",
         "/tokenize",
@@ -185,6 +212,7 @@ NEUTRAL: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "ChatRequest": openai.NOT_IMPLEMENTED,
     "CompletionRequest": openai.NOT_IMPLEMENTED,
     "ChatMessage": openai.EMPTY_IN_MESSAGE,
+    "FeatureExtractionRequest": embeddings.NOT_IMPLEMENTED,
 }
 
 

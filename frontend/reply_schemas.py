@@ -71,6 +71,26 @@ class Completion(Struct, frozen=True):
     usage: Usage
 
 
+class EmbeddingUsage(Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Struct, frozen=True):
+    """Of one input; base64 is of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(Struct, frozen=True):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(Struct, frozen=True):
     id: str
     object: Literal["model"]
@@ -143,6 +163,12 @@ class LoraxDetails(Struct, frozen=True):
 class Generated(Struct, frozen=True):
     generated_text: str
     details: LoraxDetails | UnsetType = UNSET  # if they are asked for
+
+
+class LoraxEmbedding(Struct, frozen=True):
+    """Of one text."""
+
+    embeddings: list[float]
 
 
 class TextToken(Struct, frozen=True):

@@ -17,6 +17,15 @@ from pipeline.messages import Step
 Ints = NDArray[np.int64]
 
 
+class PooledChunk(NamedTuple):
+    """Tokens of a step that an embedding is made of."""
+
+    row: int
+    first: int  # of the step's tokens
+    tokens: int
+    is_last: bool  # its row's prompt ends with it
+
+
 class HostBatch(NamedTuple):
     """The arrays of a step, on the host."""
 
@@ -28,6 +37,7 @@ class HostBatch(NamedTuple):
     sequences: StepSequences
     segments: list[Segment]
     scored: Ints  # [scored], indices of tokens, in the order of StepDone
+    pooled: list[PooledChunk]  # chunks of rows that are embedded, in the order of Step
 
 
 def make_batch(step: Step, rows: RowTable) -> HostBatch:
@@ -47,6 +57,7 @@ def make_batch(step: Step, rows: RowTable) -> HostBatch:
     row_of_token = np.repeat(row, count)
     positions = np.arange(len(row_of_token)) - np.repeat(ends - count - start, count)
     sampled, sampled_rows = _sampled(decode_order, chunk_order, ends - 1, chunks, decode, rows)
+    first_of_chunks = (ends - count)[len(decode) :]
     blocks = int(rows.blocks[row].max(initial=0))
     return HostBatch(
         token_rows=row_of_token,
@@ -61,7 +72,8 @@ def make_batch(step: Step, rows: RowTable) -> HostBatch:
             page_table=rows.page_table[row, :blocks],
         ),
         segments=make_segments(rows.slot[row], count),
-        scored=_scored(chunk_order, (ends - count)[len(decode) :], chunks, rows),
+        scored=_scored(chunk_order, first_of_chunks, chunks, rows),
+        pooled=_pooled(chunk_order, first_of_chunks, chunks, rows),
     )
 
 
@@ -69,12 +81,15 @@ def _sampled(
     decode_order: Ints, chunk_order: Ints, last: Ints, chunks: Ints, decode: Ints, rows: RowTable
 ) -> tuple[Ints, Ints]:
     """Tokens to sample after, and their rows: all decode rows, then chunks that are their row's
-    last. last[i] is the last token of the i-th sequence of the batch."""
+    last, but for those that are embedded. last[i] is the last token of the i-th sequence of the
+    batch."""
     of_decode = np.empty_like(decode)
     of_decode[decode_order] = last[: len(decode)]
     of_chunk = np.empty_like(chunk_order)
     of_chunk[chunk_order] = last[len(decode) :]
-    ending = chunks[:, 1] + chunks[:, 2] == rows.length[chunks[:, 0]]
+    ending = _is_last(chunks, rows)
+    if rows.pooling:
+        ending &= ~rows.embedded[chunks[:, 0]]
     return (
         np.concatenate((of_decode, of_chunk[ending])),
         np.concatenate((decode, chunks[ending, 0])),
@@ -94,3 +109,23 @@ def _scored(chunk_order: Ints, first: Ints, chunks: Ints, rows: RowTable) -> Int
     return np.concatenate(
         [np.arange(at, at + n) for at, n in zip(first_of.tolist(), scored.tolist(), strict=True)]
     ).astype(np.int64)
+
+
+def _pooled(chunk_order: Ints, first: Ints, chunks: Ints, rows: RowTable) -> list[PooledChunk]:
+    """first[i] is the first token of the i-th chunk of the batch."""
+    if not rows.pooling:
+        return []
+    embedded = rows.embedded[chunks[:, 0]]
+    first_of = np.empty_like(first)
+    first_of[chunk_order] = first
+    is_last = _is_last(chunks, rows)
+    return [
+        PooledChunk(int(chunks[at, 0]), int(first_of[at]), int(chunks[at, 2]), bool(is_last[at]))
+        for at in np.flatnonzero(embedded)
+    ]
+
+
+def _is_last(chunks: Ints, rows: RowTable) -> NDArray[np.bool_]:
+    """[chunks], whether their rows' prompts end with them."""
+    ends: NDArray[np.bool_] = chunks[:, 1] + chunks[:, 2] == rows.length[chunks[:, 0]]
+    return ends

@@ -298,6 +298,7 @@ def _facts(parts: Parts, ready: WorkerReady) -> Facts:
         "dtype": str(parts.dtype),
         "family": parts.config.family,
         "layers": parts.config.layers,
+        "hidden_size": parts.config.hidden,
         "device": parts.device.type,
         "device_name": torch.cuda.get_device_name(parts.device) if cuda else "cpu",
         "threads": torch.get_num_threads(),

@@ -1,6 +1,6 @@
 """From a batch to its logits: which way a step goes through the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,9 +18,17 @@ from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
 from gpu_worker.kv_cache import KvCache
 from gpu_worker.layers import BaseLinears, LayerOps
-from gpu_worker.logprobs import PromptScores
+from gpu_worker.layers.linear import Linear
 from gpu_worker.models.decoder import Decoder, Pass
 from gpu_worker.rows import RowTable
+
+
+class Reader(Protocol):
+    """Who makes something of the hidden states of a step besides logits."""
+
+    def take(self, hidden: Tensor, lm_head: Linear) -> None:
+        """[tokens, hidden] after the final norm, and what makes logits of it."""
+        ...
 
 
 class Forward(Protocol):
@@ -31,11 +39,11 @@ class Forward(Protocol):
         host: HostBatch,
         history: History,
         started: Callable[[], None],
-        scores: PromptScores | None = None,
+        readers: Sequence[Reader] = (),
     ) -> Tensor:
         """Logits [sampled, vocabulary] of a batch; its keys and values are in the cache then. They
         stand until the next run. `started` is called before the model is launched, behind what
-        can be done for the step without the device. `scores` takes what it wants to know."""
+        can be done for the step without the device. `readers` take what they want to know."""
         ...
 
     def pages_changed(
@@ -75,7 +83,7 @@ class EagerForward:
         host: HostBatch,
         history: History,
         started: Callable[[], None],
-        scores: PromptScores | None = None,
+        readers: Sequence[Reader] = (),
     ) -> Tensor:
         started()
         positions = self._tensor(host.positions)
@@ -93,7 +101,7 @@ class EagerForward:
             if segments
             else BaseLinears(),
             enter=None if arrivals is None else arrivals.enter,
-            score=None if scores is None else scores.take,
+            read=[reader.take for reader in readers],
         )
         return self._decoder.forward(step)
 
@@ -132,10 +140,10 @@ class GraphedForward:
         host: HostBatch,
         history: History,
         started: Callable[[], None],
-        scores: PromptScores | None = None,
+        readers: Sequence[Reader] = (),
     ) -> Tensor:
-        if not self.graphs.holds(host):  # nor any that has a prompt to score
-            return self._eager.run(host, history, started, scores)
+        if not self.graphs.holds(host):  # nor any that has a prompt to read
+            return self._eager.run(host, history, started, readers)
         arrivals = self._adapters.arrivals(host.segments)
         if arrivals is not None:
             arrivals.enter_all()

@@ -4,9 +4,10 @@ allocated when a kernel is first used keeps no request waiting.
 
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 
-from pipeline.messages import Logprobs, NewRow, Sampling, Step
+from pipeline.messages import Logprobs, NewRow, Pooling, PoolingKind, Sampling, Step
 
 SHORTEST = 16
 GREEDY = Sampling(temperature=0.0)
@@ -44,6 +45,16 @@ def steps(*, tokens: int, block_tokens: int, rows: int) -> Iterator[Step]:
                 new_rows=tuple(new),
             )
             yield Step(0, free_rows=_ints([one.row for one in new]))
+    yield from _embeddings()
+
+
+def _embeddings() -> Iterator[Step]:
+    """One of each kind, a token long: which kernels make them depends on no length."""
+    for kind in PoolingKind:
+        new = _new_row(PREFILLED, -1, 1, range(1), GREEDY)
+        new = msgspec.structs.replace(new, pooling=Pooling(kind))
+        yield Step(0, prefill=_ints([[PREFILLED, 0, 1]]), new_rows=(new,))
+        yield Step(0, free_rows=_ints([PREFILLED]))
 
 
 def _new_row(row: int, slot: int, length: int, blocks: range, sampling: Sampling) -> NewRow:

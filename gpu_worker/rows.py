@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpu_worker.biases import Biases
-from pipeline.messages import Logprobs, NewRow
+from pipeline.messages import Logprobs, NewRow, Pooling
 
 SAMPLING = np.dtype(
     [
@@ -47,11 +47,15 @@ class RowTable:
         self.biases = Biases()
         self.top = np.full(rows, NO_LOGPROBS, np.int64)  # of produced tokens
         self.prompt_top = np.full(rows, NO_LOGPROBS, np.int64)
+        self.embedded = np.zeros(rows, np.bool_)  # nothing is sampled
+        self.pooling: dict[int, Pooling] = {}  # of these
 
     def free(self, rows: NDArray[np.int32]) -> None:
         self.length[rows] = 0
         self.blocks[rows] = 0
         self.biases.free(rows.tolist())
+        if self.pooling:
+            self._embed_no_more(rows.tolist())
 
     def take(self, new: NewRow) -> NDArray[np.int64]:
         """Give a row to a sequence. Returns its blocks that hold nothing of it yet."""
@@ -66,7 +70,15 @@ class RowTable:
         self.sampling[row] = tuple(getattr(new.sampling, name) for name in SAMPLING.names or ())
         self.biases.take(new)
         self.top[row], self.prompt_top[row] = _tops(new.logprobs)
+        if new.pooling is not None:
+            self.embedded[row] = True
+            self.pooling[row] = new.pooling
         return blocks[-(-new.cached_tokens // self._block_tokens) :]
+
+    def _embed_no_more(self, rows: list[int]) -> None:
+        for row in rows:
+            if self.pooling.pop(row, None) is not None:
+                self.embedded[row] = False
 
     def append_blocks(self, rows: NDArray[np.int32], blocks: NDArray[np.int32]) -> None:
         """Row rows[i] gets blocks[i] as its next; a row may occur more than once."""

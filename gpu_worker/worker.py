@@ -24,6 +24,7 @@ from gpu_worker.forward import Forward
 from gpu_worker.grammars import Grammars, Masks
 from gpu_worker.history import History
 from gpu_worker.logprobs import PromptScores
+from gpu_worker.pooling import Means, StepEmbeddings
 from gpu_worker.rows import NO_LOGPROBS, RowTable
 from gpu_worker.sampling import SampledRows, sample
 from gpu_worker.step_times import Moment, StepTimes, decode_share
@@ -42,6 +43,7 @@ class Launched:
         self._decode_rows = b"" if step.prefill else step.decode_rows
         self._tokens: Tensor | None = None
         self._logprobs: list[Tensor] = []
+        self._embeddings: Tensor | None = None
         self._start: Moment | None = None
         self._end: Moment | None = None
 
@@ -56,6 +58,10 @@ class Launched:
     def gives_logprobs(self, rows: Tensor) -> None:
         """Start to copy rows of pipeline.logprobs to the host; behind those that came before."""
         self._logprobs.append(rows.to("cpu", non_blocking=True))
+
+    def gives_embeddings(self, embeddings: Tensor) -> None:
+        """Start to copy them to the host: float32[n, hidden]."""
+        self._embeddings = embeddings.to("cpu", non_blocking=True)
 
     def ends(self) -> None:
         """Nothing more will be launched for it."""
@@ -95,6 +101,7 @@ class Launched:
             b"" if self._tokens is None else self._tokens.numpy().tobytes(),
             b"".join(rows.numpy().tobytes() for rows in self._logprobs),
             index=self._index,
+            embeddings=b"" if self._embeddings is None else self._embeddings.numpy().tobytes(),
         )
 
 
@@ -107,6 +114,7 @@ class _Unsampled(NamedTuple):
     masks: Masks | None
     top: int
     scores: PromptScores | None
+    embeddings: StepEmbeddings | None
 
 
 class Worker:
@@ -135,6 +143,7 @@ class Worker:
         self._device = device
         self._index = index
         self._watermark = watermark
+        self._means = Means()
         self._times_before: StepTimes | None = None  # of the step that ended last
 
     def attach_arena(self, arena: mmap) -> None:
@@ -244,7 +253,9 @@ class Worker:
             self._times_before = times
 
     def _change(self, step: Step) -> None:
-        self.rows.free(np.frombuffer(step.free_rows, np.int32))
+        freed = np.frombuffer(step.free_rows, np.int32)
+        self.rows.free(freed)
+        self._means.forget(freed.tolist())
         fresh = self._take(step.new_rows)
         appended = np.frombuffer(step.blocks, np.int32)
         grown = np.frombuffer(step.block_rows, np.int32)
@@ -264,8 +275,10 @@ class Worker:
         masks = self.grammars.fill(host.sampled_rows)
         top = self._top(host)
         scores = self._scores(host, top) if len(host.scored) else None
-        logits = self._forward.run(host, self.history, launched.starts, scores)
-        return _Unsampled(launched, host, logits, masks, top, scores)
+        embeddings = self._embeddings(host) if host.pooled else None
+        readers = [reader for reader in (scores, embeddings) if reader is not None]
+        logits = self._forward.run(host, self.history, launched.starts, readers)
+        return _Unsampled(launched, host, logits, masks, top, scores, embeddings)
 
     def _give(self, computed: _Unsampled) -> None:
         """The step's tokens, and the log-probabilities that its rows want."""
@@ -277,6 +290,9 @@ class Worker:
                 launched.gives_logprobs(logprobs)
         if scores is not None and scores.rows is not None:
             launched.gives_logprobs(scores.rows)
+        embeddings = computed.embeddings
+        if embeddings is not None and embeddings.embeddings is not None:
+            launched.gives_embeddings(embeddings.embeddings)
 
     def _top(self, host: HostBatch) -> int:
         """What the rows of log-probabilities of this step hold: what the one who wants most does,
@@ -294,6 +310,15 @@ class Worker:
             positions=self._tensor(host.positions[scored] + 1),
             history=self.history,
             top=top,
+        )
+
+    def _embeddings(self, host: HostBatch) -> StepEmbeddings:
+        rows = [chunk.row for chunk in host.pooled]
+        return StepEmbeddings(
+            host.pooled,
+            pooling=self.rows.pooling,
+            lengths={row: int(self.rows.length[row]) for row in rows},
+            means=self._means,
         )
 
     def _sample(self, computed: _Unsampled) -> tuple[Tensor, Tensor | None]:

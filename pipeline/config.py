@@ -162,6 +162,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     loader_threads: Annotated[
         int, Meta(ge=1, le=64, description="adapters that are fetched at the same time")
     ] = 4
+    packing_processes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="processes that pack adapters into the arena; 0: half the cores, 8 at most",
+        ),
+    ] = 0
     adapter_load_seconds: Annotated[
         float, Meta(gt=0, description="time until a load has failed, seconds")
     ] = 300.0
@@ -236,6 +244,10 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         Literal["auto", "hermes", "llama", "mistral"],
         Meta(description="how the model writes calls of tools; auto: as its chat template says"),
     ] = "auto"
+    pooling: Annotated[
+        Literal["last", "mean"],
+        Meta(description="which hidden states of a text embed it, where the request does not say"),
+    ] = "last"
     max_stop_sequences: Annotated[int, Meta(ge=0, description="stop strings per request")] = 4
     allow_chat_template: Annotated[
         bool, Meta(description="let requests bring a chat template of their own")

@@ -38,6 +38,7 @@ class FinishReason(StrEnum):
     EOS = "eos"
     STOP = "stop"
     ERROR = "error"  # `failure` says which
+    EMBEDDED = "embedded"  # no reply was wanted
 
 
 class FailureKind(StrEnum):
@@ -175,6 +176,20 @@ class Logprobs(Value, frozen=True):
     prompt_top: int | None = None  # the same for the prompt's tokens; None: nothing of these
 
 
+class PoolingKind(StrEnum):
+    """Which hidden states of a prompt make its embedding. They are those after the final norm."""
+
+    LAST = "last"  # its last token's
+    MEAN = "mean"  # the mean of all
+
+
+class Pooling(Value, frozen=True):
+    """That a request wants its prompt's embedding instead of a reply, and how it is made."""
+
+    kind: PoolingKind = PoolingKind.LAST
+    normalize: bool = True  # to unit length
+
+
 class GrammarKind(StrEnum):
     """What a grammar's text is written in."""
 
@@ -308,6 +323,7 @@ class Prompt(Message, frozen=True):
     grammar: Grammar | None = None
     tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
+    pooling: Pooling | None = None  # the embedding is wanted, and no reply; max_tokens is 1
     heard: Heard | None = None  # None: it is not sent again
 
 
@@ -394,6 +410,7 @@ class Submit(Message, frozen=True):
     stop_token_ids: tuple[int, ...] = ()  # besides EOS
     trace: str = ""  # as of the prompt
     grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
+    pooling: Pooling | None = None  # as of the prompt
     heard: Heard | None = None  # as of the prompt
 
 
@@ -577,6 +594,7 @@ class NewRow(Value, frozen=True):
     end_token_ids: tuple[int, ...] = ()  # not to be sampled before sampling.min_tokens
     trace: str = ""  # as of the prompt
     grammar_id: int = 0  # of a grammar that is compiled; 0: any token may follow
+    pooling: Pooling | None = None  # it is embedded: nothing is sampled after its prompt
 
 
 class Step(Message, frozen=True):
@@ -587,7 +605,8 @@ class Step(Message, frozen=True):
     A decode row feeds the token that was sampled for it last, which the worker keeps, at the next
     position. A prefill chunk feeds token_ids[start : start + count] of its row. A token is sampled
     for each decode row, in order, then for each chunk that reaches the end of its row's token_ids,
-    in order. A row occurs once in a step.
+    in order. A row occurs once in a step. A row that is embedded is never decoded, and in place of
+    a token its last chunk gives its embedding.
 
     A row that wants the log-probabilities of its prompt is scored in each chunk: each token but the
     prompt's last gives that of the token after it.
@@ -631,6 +650,8 @@ class StepDone(Message, frozen=True):
     logprobs: bytes = b""  # rows of pipeline.logprobs: of sampled tokens that want them, in order,
     # then of the scored tokens of each chunk, in order
     index: int = 0
+    embeddings: bytes = b""  # float32[hidden] of each row that is embedded and whose last chunk
+    # this step had, in order; all NaN if it is not finite
 
 
 class GrammarCompiled(Message, frozen=True):
@@ -739,6 +760,7 @@ class Finished(Value, frozen=True):
     reason: FinishReason
     usage: Usage
     failure: Failure | None = None
+    embedding: bytes = b""  # float32[hidden], with reason EMBEDDED
 
 
 class Tokens(Message, frozen=True):
@@ -799,6 +821,7 @@ class End(Value, frozen=True):
     reason: FinishReason
     usage: Usage
     failure: Failure | None = None
+    embedding: bytes = b""  # float32[hidden], with reason EMBEDDED
 
 
 class PromptDetails(Message, frozen=True):

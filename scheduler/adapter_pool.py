@@ -100,6 +100,18 @@ class AdapterPool:
         window = find(counts[at]) if at < len(counts) else None
         return None if window is None else self._take(key, size, window, evictable[: counts[at]])
 
+    def replace(self, key: AdapterKey, nbytes: int, evicted: Extent) -> Place | None:
+        """As `place` where this one alone has to go and leaves a hole that is large enough.
+
+        That is nearly always so where adapters are of one size, and needs no look at the others.
+        Returns None if it has not to go, or is too small; then nothing is changed.
+        """
+        size = _aligned(nbytes)
+        too_small = evicted.end - evicted.offset < size
+        if too_small or self._fewest_evictions(size, [evicted]) != 1:
+            return None
+        return self._take(key, size, _Window(evicted.offset, [], 0), [evicted])
+
     def evict(self, extent: Extent) -> None:
         self._extents.remove(extent)
         self._free_slots.append(extent.slot)

@@ -568,6 +568,8 @@ class Adapters:
         nbytes = adapter.nbytes
         if not self._pool.may_place(nbytes, evictable):
             return None
+        if evictable and (place := self._pool.replace(adapter.key, nbytes, evictable[0])):
+            return place
         pinned = {one.extent for one in self._resident.values() if one.pins and one.extent}
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:

@@ -3,7 +3,7 @@
 from bisect import insort
 
 from pipeline.messages import NewRow
-from scheduler.kv_blocks import NEVER, KvBlocks
+from scheduler.kv_blocks import KvBlocks
 from scheduler.policy import by_order, discard
 from scheduler.sequence import Sequence
 from scheduler.step_plan import Scored, StepPlan, pack
@@ -74,12 +74,11 @@ class Batch:
         preempted at once. `slot` is the adapter's, or -1.
         """
         root = (sequence.adapter, sequence.content)
-        wanted = sequence.wanted_logprobs
         table = self.kv.open(
             root,
             sequence.token_ids,
             reserve=len(self._running),
-            share=NEVER if wanted is None or wanted.prompt_top is None else sequence.scored,
+            share=sequence.shareable_tokens,
         )
         if table is None:
             self._blocks_ran_out = True
@@ -159,7 +158,8 @@ class Batch:
         sequence.fed += count
         if sequence.fed == sequence.prefill_end:
             discard(self._prefilling, sequence)
-            plan.sampled.append(sequence)
+            ended = plan.sampled if sequence.pooling is None else plan.embedded
+            ended.append(sequence)
         return count
 
 
@@ -176,6 +176,7 @@ def _new_row(sequence: Sequence, slot: int, blocks: list[int]) -> NewRow:
         end_token_ids=tuple(sorted(sequence.eos)) if sequence.sampling.min_tokens else (),
         trace=sequence.trace,
         grammar_id=sequence.grammar_id,
+        pooling=sequence.pooling,
     )
 
 

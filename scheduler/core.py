@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 from pipeline.config import Settings
+from pipeline.embeddings import is_finite, split
 from pipeline.messages import (
     GONE,
     REQUEST_BITS,
@@ -302,6 +303,8 @@ class Scheduler:
         self._policy.produced(flight.sampled)
         token_ids = array("i", message.token_ids)
         dropped = self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
+        if flight.embedded:
+            self._take_embeddings(flight.embedded, message.embeddings, now)
         # a row that decodes has had a token in the step before
         self.timings.between_tokens.add(since_last, max(0, flight.work.rows - dropped))
         for sequence in [one for one in self._resting if one.resume_after <= flight.step_id]:
@@ -502,6 +505,15 @@ class Scheduler:
                 self._notice(sequence, now)
         return dropped
 
+    def _take_embeddings(self, embedded: list[Sequence], embeddings: bytes, now: float) -> None:
+        for sequence, embedding in zip(embedded, split(embeddings, len(embedded)), strict=True):
+            if sequence.ended:
+                continue
+            if is_finite(embedding):
+                self._finish(sequence, FinishReason.EMBEDDED, now, embedding=embedding)
+            else:
+                self._fail(sequence, failures.not_finite("hidden states", sequence.adapter), now)
+
     def _notice(self, sequence: Sequence, now: float) -> None:
         """Its first token came, or its last, or one that shows that a block is full."""
         self._time_first_token(sequence, now)
@@ -700,13 +712,19 @@ class Scheduler:
         self._finish(sequence, FinishReason.ERROR, now, failure)
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, now: float, failure: Failure | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        failure: Failure | None = None,
+        embedding: bytes = b"",
     ) -> None:
         followers = sequence.followers
         if sequence.produced:
             self._time_first_token(sequence, now)
         self._remove(sequence)
-        finished = Finished(sequence.request_id, reason, sequence.usage(now), failure)
+        usage = sequence.usage(now)
+        finished = Finished(sequence.request_id, reason, usage, failure, embedding)
         self._listeners.replies[sequence.worker].finished.append(finished)
         self._listeners.keep(sequence, finished)
         for follower in list(followers):  # it failed before its prompt was done, and they with it

@@ -58,12 +58,17 @@ def no_token(instead: int, adapter: AdapterKey | None) -> Failure:
             FailureKind.GRAMMAR,
             "the grammar is too complex: what may follow was not found within its limits",
         )
+    return not_finite("logits", adapter)
+
+
+def not_finite(what: str, adapter: AdapterKey | None) -> Failure:
+    """The model has given such numbers."""
     if adapter is None:
-        return Failure(500, FailureKind.INTERNAL, "the model gave logits that are not finite")
+        return Failure(500, FailureKind.INTERNAL, f"the model gave {what} that are not finite")
     return Failure(
         422,
         FailureKind.ADAPTER_INVALID,
-        f"the model with adapter {adapter.id} gave logits that are not finite",
+        f"the model with adapter {adapter.id} gave {what} that are not finite",
     )
 
 

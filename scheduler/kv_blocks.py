@@ -104,16 +104,19 @@ class KvBlocks:
         if not self._prefix_cache:
             return NEVER
         path, size = table.path, self.block_tokens
-        while len(path) * size <= tokens:
-            start = (len(path) - 1) * size
-            key = token_ids[start : start + size].tobytes()
+        end = len(path) * size
+        while end <= tokens:
+            key = token_ids[end - size : end].tobytes()
             parent = path[-1]
             node = parent.children.get(key)
             if node is None:
                 node = parent.children[key] = Node(parent, key, table.blocks[len(path) - 1])
-            self._hold(node)
+                node.holders = 1
+            else:
+                self._hold(node)
             path.append(node)
-        return len(path) * size
+            end += size
+        return end
 
     def close(self, table: PageTable) -> None:
         """Take all blocks back; what is cached stays so until its block is needed."""

@@ -5,9 +5,17 @@ from array import array
 import msgspec
 
 from pipeline.choices import seed_of
-from pipeline.messages import Finished, Logprobs, Resumed, Sampling, Submit, Usage
+from pipeline.messages import (
+    Finished,
+    Logprobs,
+    PoolingKind,
+    Resumed,
+    Sampling,
+    Submit,
+    Usage,
+)
 from scheduler.adapter_pool import Extent
-from scheduler.kv_blocks import PageTable
+from scheduler.kv_blocks import NEVER, PageTable
 
 
 class Sequence:
@@ -45,6 +53,7 @@ class Sequence:
         "named",
         "notice_at",
         "order",
+        "pooling",
         "prefill_end",
         "prompt_logprob_rows",
         "prompt_tokens",
@@ -80,6 +89,7 @@ class Sequence:
         self.tenant = submit.tenant
         self.sampling = _sampling(submit, choice)
         self.logprobs = _logprobs(submit, choice)
+        self.pooling = submit.pooling  # it is embedded, and produces nothing
         self.trace = submit.trace
         self.grammar = submit.grammar
         self.grammar_id = 0  # of scheduler.grammars; 0 is none
@@ -126,6 +136,17 @@ class Sequence:
         if wanted is None or wanted.prompt_top is None or self.scored < self.prompt_tokens - 1:
             return wanted
         return Logprobs(wanted.top)
+
+    @property
+    def shareable_tokens(self) -> int:
+        """How many of its first may come from the prefix cache: those of which nothing is wanted
+        but their KV. NEVER: all. What a mean is made of starts anew after a preemption."""
+        wanted = self.wanted_logprobs
+        if wanted is not None and wanted.prompt_top is not None:
+            return self.scored
+        if self.pooling is not None and self.pooling.kind is PoolingKind.MEAN:
+            return 0
+        return NEVER
 
     def resumed(self, finished: Finished | None = None) -> Resumed:
         """All that it has said, and its end, for a tokenizer worker that has not heard it."""

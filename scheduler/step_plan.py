@@ -26,6 +26,7 @@ class StepPlan:
         "chunked",
         "chunks",
         "decode_rows",
+        "embedded",
         "kv_tokens",
         "new_rows",
         "sampled",
@@ -38,6 +39,7 @@ class StepPlan:
         self.sampled: list[Sequence] = []  # one token each, decode rows first
         self.chunks: list[int] = []  # row, start, count of each
         self.chunked: list[Sequence] = []
+        self.embedded: list[Sequence] = []  # an embedding each
         self.scored: list[Scored] = []
         self.block_rows: list[int] = []
         self.blocks: list[int] = []
@@ -64,12 +66,13 @@ class StepPlan:
 class Flight:
     """A step that the worker has and has not reported."""
 
-    __slots__ = ("sampled", "scored", "sent", "step_id", "unpins", "work")
+    __slots__ = ("embedded", "sampled", "scored", "sent", "step_id", "unpins", "work")
 
     def __init__(self, step_id: int, plan: StepPlan, work: Work, sent: float) -> None:
         self.step_id = step_id
         self.sampled = plan.sampled
         self.scored = plan.scored
+        self.embedded = plan.embedded
         self.work = work
         self.sent = sent  # when
         self.unpins: list[Extent] = []  # one for each sequence that ended after it was sent

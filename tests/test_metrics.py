@@ -7,6 +7,7 @@ from prometheus_client.registry import Collector
 
 import adapter_loader.loading
 import adapter_loader.metrics
+import adapter_loader.packing_processes
 import adapter_loader.remote.disk_cache
 import frontend.metrics
 import pipeline.process
@@ -27,7 +28,12 @@ def collectors() -> dict[str, list[Collector]]:
         tier_hits=scheduler.tier_hits, names=scheduler.adapter_names, slots=1
     )
     arena = adapter_loader.metrics.ArenaCollector(Core(arena_bytes=4096, load_seconds=1))
-    loading = (adapter_loader.loading, adapter_loader.metrics, adapter_loader.remote.disk_cache)
+    loading = (
+        adapter_loader.loading,
+        adapter_loader.metrics,
+        adapter_loader.packing_processes,
+        adapter_loader.remote.disk_cache,
+    )
     return {
         "Every process": found_in(pipeline.process),
         "frontend": found_in(frontend.metrics),

@@ -286,6 +286,7 @@ class Core:
                 stop_token_ids=prompt.stop_token_ids,
                 trace=prompt.trace,
                 grammar=encoded.grammar,
+                pooling=prompt.pooling,
                 heard=prompt.heard,
             )
         )
@@ -500,7 +501,7 @@ class Core:
         if request.parser is not None and not request.parser.is_over:
             request.outgoing.say(request, request.parser.finish())
         request.outgoing.ends.append(
-            End(finished.request_id, reason, finished.usage, finished.failure)
+            End(finished.request_id, reason, finished.usage, finished.failure, finished.embedding)
         )
 
 

@@ -1,6 +1,6 @@
 """The decoder of Llama, Mistral, Qwen2 and Qwen3, which differ only in numbers and switches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ class Pass(NamedTuple):
 
     sampled  int64[sampled], the tokens whose logits are wanted; None: all
     enter    called with each layer's number before anything of it is launched
-    score    called with what the logits of all tokens are made of: [tokens, hidden] and the LM head
+    read     called with what the logits of all tokens are made of: [tokens, hidden] and the LM head
     """
 
     token_ids: Tensor  # int64[tokens]
@@ -31,7 +31,7 @@ class Pass(NamedTuple):
     kv_cache: KvCache
     linears: Linears
     enter: Callable[[int], None] | None = None
-    score: Callable[[Tensor, Linear], None] | None = None
+    read: Sequence[Callable[[Tensor, Linear], None]] = ()
 
 
 class _Layer(NamedTuple):
@@ -68,8 +68,8 @@ class Decoder:
                 step.enter(index)
             x = step.ops.add_norm(self._attention(index, layer, x, step), residual, layer.mlp_norm)
             x = step.ops.add_norm(self._mlp(index, layer, x, step), residual, next_norm)
-        if step.score is not None:
-            step.score(x, self._lm_head)
+        for read in step.read:
+            read(x, self._lm_head)
         if step.sampled is not None:
             x = x.index_select(0, step.sampled)
         return self._lm_head(x) if len(x) else x.new_empty((0, self._config.vocabulary))

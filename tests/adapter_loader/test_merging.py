@@ -1,6 +1,7 @@
 """Merged adapters are those of PEFT's add_weighted_adapter, and of the published formulas."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from adapter_loader.checkpoint import BaseModel
-from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
+from adapter_loader.loading import (
+    Checked,
+    Unchanged,
+    fetch_and_check,
+    fill,
+    guarded,
+    pack_checked,
+)
 from adapter_loader.merging import average_by_sign, drop_at_random, keep_largest, seed_of
 from adapter_loader.sources.local import LocalSource
 from pipeline.messages import (
@@ -88,7 +96,7 @@ def load(root: Path, base: BaseModel, key: AdapterKey) -> tuple[bytes, bytes, st
         checked = fetch_and_check(key, None, None, source, base)
         assert isinstance(checked, Checked)
         extent = bytearray(b"\xee" * checked.plan.placed.nbytes)
-        content = pack_checked(checked, memoryview(extent))
+        content = pack_checked(checked, partial(fill, extent=memoryview(extent)))
         return bytes(extent), checked.plan.ranks, content
 
     return guarded(key, job)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapter_loader.checkpoint import BaseModel
-from adapter_loader.loading import Checked, fetch_and_check, pack_checked
+from adapter_loader.loading import Checked, fetch_and_check, fill, pack_checked
 from adapter_loader.packing import CHUNK_BYTES, is_finite, store_transposed
 from adapter_loader.sources.local import LocalSource
 from pipeline.adapter_layout import ALIGNMENT, MODULES, unpack_ranks
@@ -82,7 +83,7 @@ def load(root: Path, base: BaseModel, name: str = "x") -> tuple[bytes, bytes, st
     """The packed bytes, the ranks and the digest. Whatever lay in the extent is overwritten."""
     checked = check(root, base, name)
     extent = bytearray(b"\xee" * checked.plan.placed.nbytes)
-    content = pack_checked(checked, memoryview(extent))
+    content = pack_checked(checked, partial(fill, extent=memoryview(extent)))
     return bytes(extent), checked.plan.ranks, content
 
 

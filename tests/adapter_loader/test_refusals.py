@@ -5,6 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from adapter_loader.checkpoint import BaseModel
-from adapter_loader.loading import fetch_and_check, guarded, pack_checked
+from adapter_loader.loading import fetch_and_check, fill, guarded, pack_checked
 from adapter_loader.peft_config import HONOURED, REFUSED, WITHOUT_EFFECT
 from adapter_loader.sources.local import LocalSource
 from pipeline.messages import AdapterKey, Failure, FailureKind
@@ -46,7 +47,8 @@ def load(root: Path, base: BaseModel, name: str = "x", revision: str = "") -> st
 
     def job() -> str:
         checked = fetch_and_check(key, None, None, source, base)
-        return pack_checked(checked, memoryview(bytearray(checked.plan.placed.nbytes)))  # type: ignore[union-attr, arg-type]
+        extent = memoryview(bytearray(checked.plan.placed.nbytes))  # type: ignore[union-attr]
+        return pack_checked(checked, partial(fill, extent=extent))  # type: ignore[arg-type]
 
     return guarded(key, job)
 
@@ -485,7 +487,8 @@ def test_a_file_that_is_written_to_while_it_is_read_is_refused(
             file.truncate(nbytes)
             os.utime(file.fileno(), (1, 1))
         extent = memoryview(bytearray(checked.plan.placed.nbytes))  # type: ignore[union-attr]
-        result = guarded(key, lambda: pack_checked(checked, extent))  # type: ignore[arg-type]  # noqa: B023
+        into = partial(fill, extent=extent)
+        result = guarded(key, lambda: pack_checked(checked, into))  # type: ignore[arg-type]  # noqa: B023
         assert_refused(result, FailureKind.ADAPTER_UNAVAILABLE, ("changed while",))
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from transformers.utils import logging as transformers_logging
 
 from pipeline.config import DEFAULT_MODEL
+from tests.end_to_end import tiny
 from tests.end_to_end.oracle import KINDS, Oracle, make_adapters
 from tests.end_to_end.server import Server
 
@@ -56,6 +58,30 @@ def serve(
     for server, folder in started:
         server.stop()
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def serve_tiny(
+    serve: Callable[..., Server], model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Server]:
+    """Start a server of a tiny random model in fp32, with adapters of these names."""
+
+    def start(*adapters: str, **settings: Any) -> Server:
+        folder = tmp_path_factory.mktemp("tiny")
+        model = tiny.make_model(folder / "model", model_folder)
+        for seed, name in enumerate(adapters, start=1):
+            tiny.make_adapter(folder / "root" / name, model, seed)
+        found = {"model_folder": model, "adapter_root": folder / "root", "dtype": "float32"}
+        return serve(**{**found, **settings})
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    """OpenAI's, of the module's server."""
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="EMPTY", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture

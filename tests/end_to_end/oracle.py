@@ -92,14 +92,22 @@ class Oracle:
     @torch.inference_mode()
     def logprobs(self, token_ids: list[int], adapter: str | None = None) -> torch.Tensor:
         """[i] is what the first i + 1 tokens say of the next."""
+        logits: torch.Tensor = self._outputs(token_ids, adapter).logits
+        return logits[0].log_softmax(-1)
+
+    @torch.inference_mode()
+    def states(self, token_ids: list[int], adapter: str | None = None) -> torch.Tensor:
+        """[tokens, hidden] after the final norm."""
+        states: torch.Tensor = self._outputs(token_ids, adapter).hidden_states[-1]
+        return states[0]
+
+    def _outputs(self, token_ids: list[int], adapter: str | None) -> Any:
         ids = torch.tensor([token_ids])
         if adapter is None:
             with self._model.disable_adapter():
-                logits: torch.Tensor = self._model(input_ids=ids).logits
-        else:
-            self._model.set_adapter(adapter)
-            logits = self._model(input_ids=ids).logits
-        return logits[0].log_softmax(-1)
+                return self._model(input_ids=ids, output_hidden_states=True)
+        self._model.set_adapter(adapter)
+        return self._model(input_ids=ids, output_hidden_states=True)
 
     def _choices(self, inputs: str, tokens: list[int]) -> list[int]:
         prompt = self.tokenizer(inputs).input_ids

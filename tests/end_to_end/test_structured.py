@@ -5,17 +5,17 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import jsonschema
 import lorax
 import openai
-import pydantic
 import pytest
 
 from tests.end_to_end import tiny
 from tests.end_to_end.server import Server
+from tests.end_to_end.weather import TOOL, Weather
 
 SCHEMA = {
     "type": "object",
@@ -32,16 +32,6 @@ FORMAT: Any = {
     "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
 }
 HI: Any = [{"role": "user", "content": "Hi"}]
-
-
-class Weather(pydantic.BaseModel):
-    """How the weather is."""
-
-    unit: Literal["c", "f"]
-    day: int = pydantic.Field(ge=0, le=6)
-
-
-TOOL = openai.pydantic_function_tool(Weather)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ OTHERS = ("tokenizer_workers", "scheduler", "gpu_worker", "adapter_loader")
 FACTS: dict[str, dict[str, str | int | float | None]] = {
     "tokenizer_workers": {"max_total_tokens": 512},
     "scheduler": {"kv_blocks": 100, "kv_block_tokens": 16},
-    "gpu_worker": {"device": "cpu", "dtype": "float32"},
+    "gpu_worker": {"device": "cpu", "dtype": "float32", "hidden_size": 4},
 }
 
 Answer = Callable[[Prompt], Iterable[Pieces | PromptDetails]]

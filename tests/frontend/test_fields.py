@@ -6,6 +6,7 @@ A field that a route knows and that is not here fails a test, and so does one th
 """
 
 import json
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,8 +15,15 @@ import pytest
 
 from frontend.adapters import AdapterNames
 from frontend.authorization import Authorization
-from frontend.calls import Call, ChoicesShape, Part
-from frontend.exchange import HttpReply
+from frontend.calls import Call, Part, WholeShape
+from frontend.embeddings import (
+    EmbeddingRequest,
+    Embeddings,
+    EmbedParameters,
+    EmbedRequest,
+    FeatureExtractionRequest,
+)
+from frontend.exchange import HttpReply, PiecewiseReply
 from frontend.lorax import Lorax, Parameters, Request
 from frontend.openai import ChatRequest, CompletionRequest, OpenAI
 from frontend.tokenization import Inputs
@@ -24,6 +32,7 @@ from pipeline.messages import (
     End,
     FinishReason,
     Piece,
+    PoolingKind,
     PromptDetails,
     TokenDetail,
     Usage,
@@ -44,6 +53,9 @@ LORAX = Lorax(
     max_stop_sequences=4,
     max_best_of=8,
     compute_type=lambda: "cpu",
+)
+EMBEDDINGS = Embeddings(
+    base_model=BASE, adapters=NAMES, pooling=PoolingKind.LAST, hidden_size=lambda: 2
 )
 
 
@@ -175,6 +187,40 @@ LORAX_PARAMETERS = {
     "response_format": honoured("LoRAX's, OpenAI's and TGI's", {"type": "json_object"}),
     "grammar": honoured("TGI's response_format", {"type": "regex", "value": "a"}),
 }
+NAMED = {name: BOTH[name] for name in ("model", "adapter_source", "merged_adapters", "api_token")}
+POOLED = {
+    "pooling": honoured("ours: of the last token, or the mean", "mean"),
+    "normalize": honoured("vLLM's and TEI's: false leaves the length as it is", False),
+}
+EMBEDDING = (
+    NAMED
+    | POOLED
+    | {
+        "input": honoured("texts and token ids, one or several", ["a", [1, 2]]),
+        "encoding_format": honoured("numbers or base64 of float32", "base64"),
+        "dimensions": refused("but for all of them: the models are not trained for fewer", 1),
+        "add_special_tokens": honoured(
+            "vLLM's: those that the tokenizer puts around a text", False
+        ),
+        "user": ignored("names an end user, for abuse reports", "me"),
+    }
+)
+OF_LORAX = {
+    name: LORAX_PARAMETERS[name]
+    for name in ("adapter_id", "adapter_source", "merged_adapters", "api_token")
+}
+EXTRACTION = (
+    OF_LORAX
+    | POOLED
+    | {
+        "inputs": honoured("a text or several", ["a", "b"]),
+        "dimensions": refused("but for all of them: the models are not trained for fewer", 1),
+        "truncate": refused("too long a text is an error", True),
+        "truncation_direction": refused("other than left and right there are none", "up"),
+        "prompt_name": refused("is for models that come with prompts", "query"),
+        "encoding_format": refused("numbers are all that there is here", "base64"),
+    }
+)
 
 
 class Route(NamedTuple):
@@ -186,7 +232,18 @@ class Route(NamedTuple):
     fields: dict[str, Field]
     parameters: bool = False
 
+    @property
+    def is_loraxs(self) -> bool:
+        return "inputs" in self.least
+
+    @property
+    def embeds(self) -> bool:
+        return self.understand.__self__ is EMBEDDINGS  # type: ignore[attr-defined]
+
     def body(self, changes: dict[str, Any]) -> bytes:
+        if self.embeds:
+            given = {"parameters": changes} if self.parameters else changes
+            return json.dumps({**self.least, **given}).encode()
         # none that is drawn, so that two are alike; none that best_of does not allow
         given = changes if {"seed", "best_of"} & changes.keys() else {"seed": 1, **changes}
         if self.parameters:
@@ -196,7 +253,7 @@ class Route(NamedTuple):
     def refuses(self, outcome: Call | HttpReply, name: str) -> bool:
         assert isinstance(outcome, HttpReply)
         error = json_of(outcome)["error"]
-        if self.parameters:
+        if self.is_loraxs:
             return outcome.status == 422 and f"`{name}` " in str(error)
         return outcome.status == 400 and bool(error["param"] == name)
 
@@ -219,12 +276,22 @@ ROUTES = {
             ("/generate_stream", LORAX.generate_stream),
         )
     },
+    "/v1/embeddings": Route(
+        EmbeddingRequest, EMBEDDINGS.openai, {"model": "", "input": "Hi"}, EMBEDDING
+    ),
+    "/embed": Route(
+        EmbedParameters, EMBEDDINGS.lorax, {"inputs": "Hi"}, OF_LORAX | POOLED, parameters=True
+    ),
+    "/pipeline/feature-extraction": Route(
+        FeatureExtractionRequest, EMBEDDINGS.feature_extraction, {"inputs": "Hi"}, EXTRACTION
+    ),
 }
 # What only replies in one piece have: refused in streams.
 WHOLE = ("best_of", "decoder_input_details")
 # The fields of bodies that hold little else, for which the tests of their routes speak.
 OTHER_FIELDS: list[tuple[type[msgspec.Struct], Sequence[str]]] = [
     (Request, ("inputs", "parameters", "stream")),
+    (EmbedRequest, ("inputs", "parameters")),
     (Inputs, ("inputs", "add_special_tokens")),
 ]
 CASES = [
@@ -265,7 +332,7 @@ def test_a_field_that_no_route_knows_is_refused_by_openais_and_ignored_by_loraxs
 ) -> None:
     route = ROUTES[path]
     outcome = understood(route, {"no_such_field": 1})
-    if route.parameters:
+    if route.is_loraxs:
         assert outlined(outcome) == asked(route, {})
     else:
         assert route.refuses(outcome, "no_such_field")
@@ -303,12 +370,15 @@ def written(call: Call) -> Any:
     detail = TokenDetail(1, "a", -0.5, False, tops[:top])
     usage = Usage(prompt_tokens=1, completion_tokens=1)
     pieces, end = [Piece(1, "a", (detail,))], End(1, FinishReason.EOS, usage)
-    if isinstance(call.shape, ChoicesShape):
+    if call.prompt.pooling is not None:
+        assert isinstance(call.shape, WholeShape)
+        return embedded(call.shape, inputs=1 + len(call.others))
+    if isinstance(call.shape, WholeShape):
         prompts = (call.prompt, *call.others)
         choices = sum(one.choices for one in prompts)
         told = PromptDetails(1, "Hi", (detail,)) if call.prompt.prompt_details else None
         parts = [Part(choice, pieces, end, told) for choice in range(choices)]
-        replies = [json_of(call.shape.whole(parts))]
+        replies = [read(call.shape.whole(parts))]
     else:
         chunks = [one for one in streamed(call.shape, *pieces, last=end) if one != "[DONE]"]
         replies = [json_of(call.shape.whole(pieces, end)), *chunks]
@@ -317,3 +387,15 @@ def written(call: Call) -> Any:
             reply.pop("id", None)
             reply.pop("created", None)
     return replies
+
+
+def embedded(shape: WholeShape, *, inputs: int) -> Any:
+    """A reply of the same embedding for each input."""
+    vector = array("f", [0.5, 0.25]).tobytes()
+    usage = Usage(prompt_tokens=1, completion_tokens=0)
+    end = End(1, FinishReason.EMBEDDED, usage, embedding=vector)
+    return read(shape.whole([Part(at, [], end) for at in range(inputs)]))
+
+
+def read(reply: HttpReply | PiecewiseReply) -> Any:
+    return json_of(reply) if isinstance(reply, HttpReply) else json.loads(b"".join(reply.pieces))

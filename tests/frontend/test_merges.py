@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from frontend.adapters import AdapterNames, Wanted, scope_of
 from frontend.authorization import Authorization
 from frontend.lorax import Lorax
+from frontend.lorax_replies import LoraxShape
 from frontend.merges import MergedAdapters, merged
 from frontend.openai import OpenAI
 from frontend.parameters import ParameterError
@@ -194,6 +195,7 @@ def test_both_families_of_routes_ask_for_the_same_adapter() -> None:
 
 def test_the_headers_of_lorax_name_the_parts() -> None:
     call = call_of(LORAX.generate(lorax(merged_adapters={"ids": ["a/a", "b/b"]}), None))
+    assert isinstance(call.shape, LoraxShape)
     headers = dict(call.shape.stream_headers())
     assert headers[b"x-adapter-id"] == b"a/a,b/b"
     assert headers[b"x-adapter-source"] == b"hub"

@@ -18,6 +18,7 @@ from pipeline.messages import (
     Logprobs,
     NewRow,
     PlaceAdapter,
+    Pooling,
     Sampling,
     Step,
     StepDone,
@@ -100,6 +101,7 @@ class Driver:
         logprobs: Logprobs | None = None,
         end_token_ids: tuple[int, ...] = (),
         grammar_id: int = 0,
+        pooling: Pooling | None = None,
     ) -> Row:
         """A sequence takes a row in the next step."""
         new = NewRow(
@@ -113,6 +115,7 @@ class Driver:
             logprobs=logprobs,
             end_token_ids=end_token_ids,
             grammar_id=grammar_id,
+            pooling=pooling,
         )
         self._new.append(new)
         self.rows[row] = Row(new, list(tokens), list(cached_blocks))
@@ -167,7 +170,12 @@ class Driver:
     def _receive(
         self, decode: Sequence[int], prefill: Sequence[tuple[int, int]], done: StepDone
     ) -> dict[int, int]:
-        ended = [r for r, _ in prefill if self.rows[r].computed == len(self.rows[r].tokens)]
+        ended = [
+            row
+            for row, _ in prefill
+            if self.rows[row].computed == len(self.rows[row].tokens)
+            and self.rows[row].new.pooling is None
+        ]
         rows = [*decode, *ended]
         tokens = np.frombuffer(done.token_ids, np.int32).tolist()
         for row, token in zip(rows, tokens, strict=True):

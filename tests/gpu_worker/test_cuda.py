@@ -21,6 +21,8 @@ from pipeline.messages import (
     Logprobs,
     NewRow,
     PlaceAdapter,
+    Pooling,
+    PoolingKind,
     Sampling,
     Step,
 )
@@ -123,6 +125,23 @@ def test_a_gpu_scores_prompts_and_likeliest_tokens_as_a_cpu_does(folder: Path) -
             assert own == pytest.approx(own_there, abs=0.01)
             values = [value for _, value in likeliest]
             assert values == pytest.approx([value for _, value in likeliest_there], abs=0.01)
+
+
+def test_a_gpu_embeds_as_a_cpu_does(folder: Path) -> None:
+    found = []
+    for changes in (
+        {"kv_block_tokens": 16, "kv_cache_bytes": 1 << 24},
+        {"device": "cuda", "attention": "triton", "kv_block_tokens": 16, "kv_cache_bytes": 1 << 28},
+    ):
+        driver = Driver(make_worker(folder, **changes), blocks=range(100), block_tokens=16)
+        driver.add(0, prompt(0, 300, 1000), pooling=Pooling(PoolingKind.MEAN))
+        driver.add(1, prompt(1, 40, 1000), pooling=Pooling(PoolingKind.LAST))
+        driver.add(2, prompt(2, 20, 1000))
+        driver.add(3, prompt(3, 30, 1000), pooling=Pooling(PoolingKind.MEAN, normalize=False))
+        driver.step(prefill=[(0, 170), (2, 20)])
+        done = driver.step(decode=[2], prefill=[(3, 30), (0, 130), (1, 40)]).done
+        found.append(torch.frombuffer(bytearray(done.embeddings), dtype=torch.float32).view(3, -1))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-3)
 
 
 # --- adapters on their way -----------------------------------------------------------------------

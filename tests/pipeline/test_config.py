@@ -120,6 +120,7 @@ def other_value(name: str) -> Any:
         "log_level": "debug",
         "log_format": "json",
         "tool_format": "llama",
+        "pooling": "mean",
         "adapter_root": ("a", "/b c"),
         "kv_block_tokens": 32,
         "gpu_memory_fraction": 0.5,

@@ -150,10 +150,10 @@ def test_the_text_of_a_message_does_not_show_its_secrets(name: str, kind: type[M
     assert all(f"{field}=7" in text for field in others)
 
 
-def test_a_step_for_which_nobody_wants_logprobs_has_one_empty_field_for_them() -> None:
-    """Every step pays for each byte, so that there is no other field for what they bring."""
+def test_a_step_that_brings_tokens_alone_has_one_empty_field_for_each_other_kind() -> None:
+    """Every step pays for each byte: of log-probabilities and embeddings there are no more."""
     done = msgspec.msgpack.encode(StepDone(1, b"1234"))
-    assert done == b"\x95\xa8StepDone\x01\xc4\x041234\xc4\x00\x00"
+    assert done == b"\x96\xa8StepDone\x01\xc4\x041234\xc4\x00\x00\xc4\x00"
     tokens = msgspec.msgpack.encode(Tokens([1], [2], {}))
     assert tokens == b"\x95\xa6Tokens\x91\x01\x91\x02\x80\x90"
     assert len(msgspec.msgpack.encode(Piece(1, "a"))) == 6

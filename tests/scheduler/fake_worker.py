@@ -5,6 +5,7 @@ the KV blocks of the row's page table. So a wrong block, position, chunk or adap
 token than `reply`, which is what an undisturbed run gives.
 """
 
+import math
 import zlib
 from array import array
 from collections import Counter, deque
@@ -19,6 +20,8 @@ from pipeline.messages import (
     AdapterPlaced,
     NewRow,
     PlaceAdapter,
+    Pooling,
+    PoolingKind,
     Step,
     StepDone,
     WorkerReady,
@@ -46,6 +49,14 @@ def reply(
         if token_ids[-1] == EOS and not ignore_eos:
             break
     return token_ids[len(prompt) :]
+
+
+def embedding(content: str, prompt: Sequence[int], pooling: Pooling) -> bytes:
+    """What a prompt is embedded as."""
+    if content == BROKEN:
+        return array("f", [math.nan, math.nan]).tobytes()
+    token = next_token(content, prompt)
+    return array("f", [token, pooling.kind is PoolingKind.MEAN]).tobytes()
 
 
 def unpack(numbers: bytes) -> list[int]:
@@ -78,6 +89,8 @@ class Row:
         self.last_token: int | None = None
         self.prompt_tokens = new.prompt_tokens
         self.logprobs = new.logprobs
+        self.pooling = new.pooling
+        self.pooled: list[int] = []  # tokens whose states a mean is made of
 
 
 class FakeWorker:
@@ -153,7 +166,13 @@ class FakeWorker:
             _logprob(row, token) for row, token in zip(self._sampled_rows, sampled, strict=True)
         ]
         logprobs += [_scored(self._rows[number], *chunk) for number, *chunk in chunks]
-        return StepDone(step.step_id, array("i", sampled).tobytes(), b"".join(logprobs))
+        embeddings = [self._embedded(self._rows[number]) for number, *_ in chunks]
+        return StepDone(
+            step.step_id,
+            array("i", sampled).tobytes(),
+            b"".join(logprobs),
+            embeddings=b"".join(embeddings),
+        )
 
     def _change_rows(self, step: Step) -> None:
         for number in unpack(step.free_rows):
@@ -223,10 +242,20 @@ class FakeWorker:
         assert end <= len(row.token_ids)
         for token in row.token_ids[start:end]:
             self._feed(row, token)
-        if end < len(row.token_ids):
+        row.pooled += row.token_ids[start:end]
+        if end < len(row.token_ids) or row.pooling is not None:
             return []
         self._sampled_rows.append(row)
         return [self._sample(row)]
+
+    def _embedded(self, row: Row) -> bytes:
+        """After the last chunk of a row that wants it."""
+        if row.pooling is None or row.position < len(row.token_ids):
+            return b""
+        known = self._history(row, row.position)
+        if row.pooling.kind is PoolingKind.MEAN:
+            assert row.pooled == known, "a token's state is missing"
+        return embedding(row.content, known, row.pooling)
 
     def _feed(self, row: Row, token: int) -> None:
         self._check_adapter(row)

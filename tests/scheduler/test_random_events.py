@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pipeline.messages import AdminVerb, FinishReason, Logprobs, Tier
+from pipeline.messages import AdminVerb, FinishReason, Logprobs, Pooling, PoolingKind, Tier
 from tests.scheduler.fake_loader import UNAVAILABLE
-from tests.scheduler.fake_worker import BASE, BROKEN, logprob_row, reply
+from tests.scheduler.fake_worker import BASE, BROKEN, embedding, logprob_row, reply
 from tests.scheduler.world import World
 
 ADAPTERS = ("a", "b", "c", "d", "e")
@@ -33,6 +33,15 @@ requests = st.fixed_dictionaries(
         "choices": st.sampled_from((1, 1, 1, 2, 4)),
         "grammar": st.sampled_from(("", "", "", "one", "another")),
         "logprobs": st.sampled_from((None, None, Logprobs(), Logprobs(1, prompt_top=1))),
+    }
+)
+embedded = st.fixed_dictionaries(
+    {
+        "prompt": prompts,
+        "max_tokens": st.just(1),
+        "adapter": st.sampled_from((None, *ADAPTERS)),
+        "tenant": st.sampled_from(("", "one", "another")),
+        "pooling": st.builds(Pooling, st.sampled_from(PoolingKind)),
     }
 )
 
@@ -98,7 +107,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.lose_loader()
         self.arena_is_ready = False
 
-    @rule(burst=st.lists(requests, min_size=1, max_size=6))
+    @rule(burst=st.lists(requests | embedded, min_size=1, max_size=6))
     def submit(self, burst: list[dict[str, Any]]) -> None:
         for request in burst:
             worker = len(self.world.requests) % self.workers
@@ -288,6 +297,13 @@ class AnyOrder(RuleBasedStateMachine):
             prompt = array("i", request.token_ids).tolist()
             produced = world.tokens[request_id]
             end = world.finished.get(request_id)
+            if request.pooling is not None:
+                assert produced == []
+                if end is not None and end.reason is not FinishReason.ERROR:
+                    assert end.embedding in [
+                        embedding(content, prompt, request.pooling) for content in contents or ()
+                    ]
+                continue
             whole = end is not None and end.reason is not FinishReason.ERROR
             cut = not whole or request_id in world.stopped
             limit = len(produced) if cut else request.max_tokens

@@ -33,6 +33,7 @@ from pipeline.messages import (
     ListAdapters,
     LoadAdapter,
     Logprobs,
+    Pooling,
     Prefetch,
     PromptLogprobs,
     ReleaseAdapter,
@@ -173,6 +174,7 @@ class World:
         seed: int = 0,
         trace: str = "",
         grammar: str = "",
+        pooling: Pooling | None = None,
         is_lost: bool = False,
     ) -> int:
         """Returns the request's number; that of its first choice."""
@@ -191,6 +193,7 @@ class World:
             choices=choices,
             trace=trace,
             grammar=grammar,
+            pooling=pooling,
         )
         for request_id in request_ids(request.request_id, choices):
             self.requests[request_id] = request

@@ -27,6 +27,8 @@ from pipeline.messages import (
     Logprobs,
     Piece,
     Pieces,
+    Pooling,
+    PoolingKind,
     Prompt,
     PromptDetails,
     PromptLogprobs,
@@ -40,7 +42,7 @@ from pipeline.messages import (
     Tools,
     Usage,
 )
-from tokenizer_workers.core import Core
+from tokenizer_workers.core import CUT_OFF, Core
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoded
 from tokenizer_workers.tool_calls import ToolCallParser
@@ -609,3 +611,45 @@ def test_the_one_call_that_is_allowed_ends_the_reply() -> None:
     (end,) = messages[-1].ends
     assert end.reason is FinishReason.STOP
     assert end.usage.completion_tokens == len(call)
+
+
+def test_an_embedding_passes_as_it_is_with_no_text() -> None:
+    worker = core()
+    worker.prompt(prompt(text="abc", max_tokens=1, pooling=Pooling(PoolingKind.MEAN)), now=10.5)
+    [(_, _, submitted)] = sent(worker)
+    assert (submitted.pooling, submitted.max_tokens) == (Pooling(PoolingKind.MEAN), 1)
+    embedded = Finished(1, FinishReason.EMBEDDED, USAGE, embedding=b"1234")
+    worker.tokens(Tokens([], [], {}, finished=(embedded,)), now=11.0)
+    pieces = to_frontend(worker)
+    assert pieces == Pieces([], (End(1, FinishReason.EMBEDDED, USAGE, embedding=b"1234"),))
+    assert worker.requests == 0
+
+
+# --- after a death --------------------------------------------------------------------------------
+
+
+def test_what_was_submitted_to_a_dead_scheduler_ends_with_an_error() -> None:
+    worker = started(prompt(1), prompt(2, choices=2))
+    worker.tokens(step("hi", 1), now=11.0)
+    worker.prompt(prompt(9), now=11.0)  # not sent yet, so it would not be known either
+    worker.scheduler_started(now=12.0)
+    pieces = to_frontend(worker)
+    assert [piece.text for piece in pieces.pieces] == ["hi"]
+    assert [(end.request_id, end.reason) for end in pieces.ends] == [
+        (request_id, FinishReason.ERROR) for request_id in (1, 2, 3, 9)
+    ]
+    assert all(end.failure == CUT_OFF for end in pieces.ends)
+    assert worker.requests == 0
+    worker.tokens(step("late", 1), now=13.0)
+    assert sent(worker) == []
+
+
+def test_what_another_frontend_has_asked_for_before_it_died_is_cancelled() -> None:
+    worker = started(prompt(1), prompt(SECOND_FRONTEND), frontends=2)
+    worker.tokens(step("said to nobody", SECOND_FRONTEND), now=11.0)
+    worker.frontend_started(1)
+    assert sent(worker) == [("scheduler", 0, Cancel(SECOND_FRONTEND))]
+    assert worker.requests == 1
+    worker.prompt(prompt(SECOND_FRONTEND + 1), now=12.0)
+    [(process, _, submit)] = sent(worker)
+    assert (process, submit.request_id) == ("scheduler", SECOND_FRONTEND + 1)
