@@ -15,11 +15,20 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from adapter_loader.checkpoint import DTYPES, BaseModel
 from adapter_loader.core import Answer, Core, Discard, StartFetch, StartPack
 from adapter_loader.enabled_sources import enabled_sources
-from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
+from adapter_loader.loading import (
+    Checked,
+    Unchanged,
+    fetch_and_check,
+    guarded,
+    pack_checked,
+    texts_or_failure,
+)
 from adapter_loader.metrics import LOADS, ArenaCollector
 from adapter_loader.packing_processes import Nursery, PackingProcesses
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
+from adapter_loader.text_questions import StartTexts, TextQuestions
+from adapter_loader.texts import Texts
 from adapter_loader.traces import LoadTraces
 from adapter_loader.workers import Workers
 from pipeline.arena import arena_path, create
@@ -33,6 +42,7 @@ from pipeline.messages import (
     AdapterKey,
     AdapterStaged,
     ArenaReady,
+    AskTexts,
     Failure,
     ForgetAdapter,
     Leased,
@@ -85,6 +95,9 @@ class Loader:
             load_seconds=settings.adapter_load_seconds,
             remember_seconds=settings.failed_load_seconds,
         )
+        self._texts = TextQuestions(
+            workers=settings.tokenizer_workers, remember_seconds=settings.failed_load_seconds
+        )
         REGISTRY.register(ArenaCollector(self._core))
         self._traces = LoadTraces()
         self._checked: dict[AdapterKey, Checked] = {}
@@ -119,6 +132,9 @@ class Loader:
                     log.warning("event=unknown_lease adapter=%a", message.adapter.id)
             case ForgetAdapter():
                 self._core.forget(message)
+                self._texts.forget(message.adapter)
+            case AskTexts():
+                self._texts.ask(message, self._loop.time())
             case Leased():
                 self._core.leased(message)
             case PeerStarted():
@@ -144,6 +160,7 @@ class Loader:
         """Loads may come."""
         self._outbox.greet("scheduler")
         self._outbox.greet("frontend", self._settings.frontends)
+        self._outbox.greet("tokenizer_workers", self._settings.tokenizer_workers)
         self._outbox.send("scheduler", self._arena_ready)
         for frontend in range(self._settings.frontends):
             self._outbox.send("frontend", self._ready, frontend)
@@ -162,6 +179,7 @@ class Loader:
                     assert_never(action)
         for answer in self._core.take_outbox():
             self._send(answer)
+        self._act_on_texts()
         if self._deadline is not None:
             self._deadline.cancel()
         deadline = self._core.next_deadline()
@@ -176,10 +194,38 @@ class Loader:
             self._loop.call_soon(self._on_fetched, key, failure(key, error))
             return
         fetch = partial(fetch_and_check, key, action.token, action.known, source, self._base)
-        lane = source.lane(origin)
-        if lane not in self._fetchers:
-            self._fetchers[lane] = Workers(f"fetch-{lane}", self._settings.loader_threads)
-        self._fetchers[lane].submit(partial(self._run_job, key, fetch, self._on_fetched))
+        lane = self._lane(source.lane(origin))
+        lane.submit(partial(self._run_job, key, fetch, self._on_fetched))
+
+    def _act_on_texts(self) -> None:
+        for action in self._texts.take_actions():
+            source = self._sources.get(action.key.source)
+            lane = action.key.source if source is None else source.lane(action.key)
+            self._lane(f"texts of {lane}").submit(partial(self._read_texts, action, source))
+        for to in self._texts.take_outbox():
+            self._outbox.send("tokenizer_workers", to.message, to.worker)
+
+    def _read_texts(self, action: StartTexts, source: Source | None) -> None:
+        """In a worker thread."""
+        result = texts_or_failure(action.key, action.token, action.known, source)
+        try:
+            self._loop.call_soon_threadsafe(self._on_texts, action, result)
+        except RuntimeError:
+            log.info("event=texts_abandoned adapter=%a", action.key.id)  # the loop is closed
+
+    def _on_texts(self, action: StartTexts, result: Texts | Failure | None) -> None:
+        if isinstance(result, Failure):
+            log.info("event=texts_failed adapter=%a reason=%a", action.key.id, result.message)
+            self._texts.failed(action.number, result, self._loop.time())
+        else:
+            self._texts.fetched(action.number, result)
+        self._act_on_texts()
+
+    def _lane(self, name: str) -> Workers:
+        """Its threads, made when it is first used."""
+        if name not in self._fetchers:
+            self._fetchers[name] = Workers(f"fetch-{name}", self._settings.loader_threads)
+        return self._fetchers[name]
 
     def _start_pack(self, action: StartPack) -> None:
         into = partial(self._packing.pack, offset=action.offset)

@@ -252,16 +252,24 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allow_chat_template: Annotated[
         bool, Meta(description="let requests bring a chat template of their own")
     ] = False
+    adapter_chat_templates: Annotated[
+        bool,
+        Meta(
+            description="render chats with the template that an adapter ships, and refuse adapters "
+            "whose tokenizer is another than the base model's; off: neither is looked at"
+        ),
+    ] = True
     template_seconds: Annotated[
         float,
         Meta(
             gt=0,
-            description="processor time that such a template may take for one prompt, seconds",
+            description="processor time that a template of an adapter or a request may take for "
+            "one prompt, seconds",
         ),
     ] = 1.0
     template_bytes: Annotated[
         int,
-        Meta(ge=128 << 20, description="memory of the process that renders such templates, bytes"),
+        Meta(ge=128 << 20, description="memory of the process that renders these templates, bytes"),
     ] = 512 << 20
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20

@@ -373,6 +373,13 @@ class GrammarChecked(Message, frozen=True):
     error: str = ""  # a sentence for the client; empty if it may
 
 
+class TokenizerCompared(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that compares: is it the base model's?"""
+
+    tokenizer: str  # sha256 of an adapter's tokenizer.json
+    difference: str = ""  # the end of a sentence; empty if they agree
+
+
 class Shutdown(Message, frozen=True):
     """Downstream, from each process to those it feeds: no request will follow from me."""
 
@@ -750,6 +757,40 @@ class AdapterDropped(Message, frozen=True):
     adapter: AdapterKey
 
 
+# --- tokenizer_workers <-> adapter_loader ---------------------------------------------------------
+
+
+class AskTexts(Message, frozen=True):
+    """tokenizer_workers -> adapter_loader: what is there for tokenizers beside these weights?
+
+    Answered by one AdapterTexts. It may be asked again with the same number.
+    """
+
+    question_id: int
+    worker: int
+    adapter: AdapterKey  # not a merge
+    adapter_token: str | None = None
+    known: str = ""  # the version that the worker has
+    known_tokenizers: tuple[str, ...] = ()  # sha256 of tokenizer.json that need not be sent
+
+
+class AdapterTexts(Message, frozen=True):
+    """adapter_loader -> tokenizer_workers: the files by name, or why they cannot be had."""
+
+    question_id: int
+    adapter: AdapterKey
+    version: str = ""  # equal for equal files
+    files: dict[str, bytes] | None = None  # None: the version is the one that is known
+    tokenizer: str = ""  # sha256 of tokenizer.json, if there is one, sent or not
+    failure: Failure | None = None  # its message is without the adapter's id
+
+
+class ForgetTexts(Message, frozen=True):
+    """adapter_loader -> tokenizer_workers: what is known of the adapter's files may be outdated."""
+
+    adapter: AdapterKey
+
+
 # --- scheduler -> tokenizer_workers --------------------------------------------------------------
 
 
@@ -936,6 +977,9 @@ ToTokenizerWorker = (
     | Tokens
     | PromptLogprobs
     | Resumed
+    | AdapterTexts
+    | ForgetTexts
+    | TokenizerCompared
     | PeerStarted
     | Shutdown
 )
@@ -961,4 +1005,6 @@ ToScheduler = (
     | Shutdown
 )
 ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | PeerStarted | Shutdown
-ToAdapterLoader = LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter | PeerStarted | Shutdown
+ToAdapterLoader = (
+    LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter | AskTexts | PeerStarted | Shutdown
+)

@@ -462,30 +462,32 @@ class Adapters:
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             too_large = math.inf  # for what may be evicted for those whose turn comes first
+            room = self._room_beside_kept()
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
-                if not self._may_copy():
-                    break
-                if not self._can_have_room(adapter):
+                nbytes = adapter.nbytes
+                if nbytes > room:
                     failed += self._refuse(adapter)
-                elif (
-                    adapter.nbytes < too_large
-                    and (message := self._find_room(adapter, now, overdue, failed)) is not None
-                ):
-                    placements.append(message)
-                else:
-                    too_large = min(too_large, adapter.nbytes)
-                    if not adapter.is_waited_for:
-                        self._give_up(adapter)
+                    continue
+                if nbytes < too_large:
+                    message = self._find_room(adapter, now, overdue, failed)
+                    if message is not None:
+                        placements.append(message)
+                        if not self._may_copy():
+                            break
+                        room = self._room_beside_kept()
+                        continue
+                    too_large = nbytes
+                if not adapter.is_waited_for:
+                    self._give_up(adapter)
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
         self._admit()
         self._loads.ask(now)
         return placements, failed
 
-    def _can_have_room(self, adapter: Adapter) -> bool:
-        """Whether it fits beside those that are kept."""
-        pool = self._pool
-        return self.kept < pool.slots and pool.holds(adapter.nbytes, beside=self.kept_bytes)
+    def _room_beside_kept(self) -> int:
+        """The most bytes that an adapter may have to fit beside those that are kept."""
+        return self._pool.largest(beside=self.kept_bytes) if self.kept < self._pool.slots else -1
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""

@@ -1,6 +1,8 @@
 """The loop of a tokenizer worker: read, tell the core, send what it says."""
 
+import hashlib
 import time
+from functools import partial
 from typing import assert_never
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -9,7 +11,9 @@ from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.incarnation import Incarnation
 from pipeline.messages import (
+    AdapterTexts,
     Cancel,
+    ForgetTexts,
     GrammarChecked,
     PeerStarted,
     ProcessReady,
@@ -23,14 +27,18 @@ from pipeline.messages import (
     Stats,
     StillOpen,
     Tokenize,
+    TokenizerCompared,
     Tokens,
     ToTokenizerWorker,
 )
 from pipeline.metrics import REGISTRY, snapshot
 from pipeline.process import run
+from tokenizer_workers.comparisons import Comparisons
 from tokenizer_workers.core import PROCESS, Core
 from tokenizer_workers.grammar_checks import GrammarChecks
+from tokenizer_workers.known_texts import TOKENIZER_FILE, KnownTexts
 from tokenizer_workers.loading import TextModel, load
+from tokenizer_workers.own_texts import read_own_texts
 from tokenizer_workers.strange_templates import StrangeTemplates
 
 ENCODE_SECONDS = Histogram(
@@ -75,7 +83,9 @@ class Worker:
             new_token_decoder=model.new_token_decoder,
             vocabulary=model.vocabulary,
             new_tool_decoder=model.new_tool_decoder,
+            texts=_known_texts(settings, index, model) if settings.adapter_chat_templates else None,
         )
+        self._comparisons = Comparisons(settings, PROCESS, index, model.folder)
         self._templates = StrangeTemplates(
             settings, PROCESS, index, model.template_limits, self.core.renders
         )
@@ -83,6 +93,7 @@ class Worker:
 
     def announce(self) -> None:
         self._outbox.greet("scheduler")
+        self._outbox.greet("adapter_loader")
         self._outbox.greet("frontend", len(self.core.frontends))
         for frontend in self.core.frontends:
             self._say_ready(frontend)
@@ -100,6 +111,8 @@ class Worker:
                 self._send()  # nobody waits for the text of others to be encoded
             self._tell(message)
             self._incarnation.beat()
+        self.core.expire(time.monotonic())
+        self._go_on()
         self._send()
         if time.monotonic() >= self._next_stats:
             self._report()
@@ -119,8 +132,11 @@ class Worker:
                 started = time.monotonic()
                 with ENCODE_SECONDS.time():
                     self.core.prompt(message, started)
-                if not self.core.renders(message.request_id):
+                if not self.core.waits(message.request_id):
                     self._trace(message, started)
+            case AdapterTexts() | ForgetTexts() | TokenizerCompared():
+                self.core.texts_told(message, time.monotonic())
+                self._go_on()
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
             case Resumed():
@@ -153,6 +169,15 @@ class Worker:
             self.core.frontend_started(message.index)
             self._say_ready(message.index)
 
+    def _go_on(self) -> None:
+        """With the prompts whose adapters' texts have come."""
+        while self.core.is_ready:
+            self._send()  # as before any other prompt
+            with ENCODE_SECONDS.time():
+                prompt = self.core.go_on(time.monotonic())
+            if not self.core.renders(prompt.request_id):
+                self._trace(prompt, prompt.arrived)
+
     def _trace(self, prompt: Prompt, started: float) -> None:
         """It has been encoded, or it cannot be."""
         if prompt.trace:
@@ -160,8 +185,12 @@ class Worker:
             self._outbox.send("frontend", Spans(PROCESS, self._index, (span,)))
 
     def _send(self) -> None:
-        for prompt in self.core.take_renderings():
-            self._templates.render(prompt)
+        for question in self.core.take_questions():
+            self._outbox.send("adapter_loader", question)
+        for one in self.core.take_comparisons():
+            self._comparisons.compare(one)
+        for chat in self.core.take_renderings():
+            self._templates.render(chat)
         for source in self.core.take_checks():
             self._checks.check(source)
         for to in self.core.take_outbox():
@@ -173,6 +202,17 @@ class Worker:
         families = snapshot(REGISTRY)
         for frontend in self.core.frontends:
             self._outbox.send("frontend", Stats(PROCESS, self._index, families), frontend)
+
+
+def _known_texts(settings: Settings, index: int, model: TextModel) -> KnownTexts:
+    tokenizer = (model.folder / TOKENIZER_FILE).read_bytes()
+    return KnownTexts(
+        worker=index,
+        read=partial(read_own_texts, base=model.base_texts),
+        base_tokenizer=hashlib.sha256(tokenizer).hexdigest(),
+        revalidate_seconds=settings.adapter_revalidate_seconds,
+        wait_seconds=settings.adapter_load_seconds,
+    )
 
 
 if __name__ == "__main__":

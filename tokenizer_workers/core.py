@@ -10,6 +10,7 @@ only what comes after those that the frontend has heard of.
 """
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -19,12 +20,15 @@ from pipeline.errors import RequestError
 from pipeline.messages import (
     GONE,
     REQUEST_BITS,
+    AdapterTexts,
+    AskTexts,
     Cancel,
     End,
     Failure,
     FailureKind,
     Finished,
     FinishReason,
+    ForgetTexts,
     GrammarChecked,
     Piece,
     Pieces,
@@ -37,6 +41,7 @@ from pipeline.messages import (
     StillOpen,
     Submit,
     TokenDetail,
+    TokenizerCompared,
     Tokens,
     ToolCallPart,
     Usage,
@@ -45,7 +50,9 @@ from tokenizer_workers.checked_grammars import CheckedGrammars
 from tokenizer_workers.decode import TextDecoder
 from tokenizer_workers.details import PromptTokens, Vocabulary
 from tokenizer_workers.encode import Encoded
-from tokenizer_workers.renderings import Renderings, as_text
+from tokenizer_workers.known_texts import KnownTexts, Ready, ToCompare, refusal
+from tokenizer_workers.own_texts import NOTHING, OwnTexts
+from tokenizer_workers.renderings import Renderings, ToRender, as_text
 from tokenizer_workers.stop_strings import StopStrings
 from tokenizer_workers.tool_calls import Said, ToolCallParser
 
@@ -196,6 +203,7 @@ class Core:
     new_token_decoder  makes what decodes the texts of single tokens, special ones included
     vocabulary         what is told of single tokens
     new_tool_decoder   makes what decodes the text of a reply that may call tools
+    texts              what adapters ship for tokenizers; None: that is not looked at
 
     Times are seconds of time.monotonic().
     """
@@ -210,7 +218,9 @@ class Core:
         new_token_decoder: Callable[[], TextDecoder],
         vocabulary: Vocabulary,
         new_tool_decoder: Callable[[], TextDecoder],
+        texts: KnownTexts | None = None,
     ) -> None:
+        self._texts = texts
         self._new_tool_decoder = new_tool_decoder
         self._grammars = CheckedGrammars()
         self._worker = worker
@@ -220,13 +230,15 @@ class Core:
         self._vocabulary = vocabulary
         self._requests: dict[int, _Request] = {}
         self._renderings = Renderings()
+        self._ready: deque[Ready] = deque()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
         self._to_scheduler: list[Submit | Cancel | StillOpen | Shutdown] = []
 
     @property
     def requests(self) -> int:
         """How many are open."""
-        return len(self._requests) + len(self._renderings) + len(self._grammars)
+        waiting = len(self._renderings) + len(self._grammars)
+        return len(self._requests) + waiting + (len(self._texts) if self._texts else 0)
 
     @property
     def frontends(self) -> list[int]:
@@ -235,16 +247,83 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
-        if prompt.chat is not None and prompt.chat_options.template:
-            self._renderings.add(prompt)
+        if prompt.adapter is None or self._texts is None:
+            self._render_or_encode(prompt, NOTHING, now)
             return
+        own = self._texts.of(prompt, now)
+        if own is not None:
+            self._with_texts(prompt, own, now)
+
+    def texts_told(
+        self, message: AdapterTexts | ForgetTexts | TokenizerCompared, now: float
+    ) -> None:
+        """Of the texts of adapters; what comes of it is for `go_on`."""
+        if self._texts is None:
+            return
+        match message:
+            case AdapterTexts():
+                self._texts.told(message, now)
+            case ForgetTexts():
+                self._texts.forget(message, now)
+            case TokenizerCompared():
+                self._texts.compared(message, now)
+        self._ready += self._texts.take_ready()
+
+    def expire(self, now: float) -> None:
+        """What waits for the adapter loader does not wait for ever."""
+        if self._texts is not None:
+            self._texts.expire(now)
+            self._ready += self._texts.take_ready()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are prompts whose adapters' texts have come."""
+        return bool(self._ready)
+
+    def go_on(self, now: float) -> Prompt:
+        """With the first of those."""
+        prompt, own = self._ready.popleft()
+        if isinstance(own, RequestError):
+            self._refuse(prompt, own, now)
+        else:
+            self._with_texts(prompt, own, now)
+        return prompt
+
+    def take_questions(self) -> list[AskTexts]:
+        """For the adapter loader; each is answered by an AdapterTexts."""
+        return self._texts.take_questions() if self._texts else []
+
+    def take_comparisons(self) -> list[ToCompare]:
+        """Tokenizers to be compared beside all this; each is answered by a TokenizerCompared."""
+        return self._texts.take_comparisons() if self._texts else []
+
+    def _with_texts(self, prompt: Prompt, own: OwnTexts, now: float) -> None:
+        if own.problem:
+            self._refuse(prompt, refusal(own), now)
+            return
+        if own.eos is not None and not prompt.ignore_eos:
+            ends = (*prompt.stop_token_ids, own.eos)
+            prompt = msgspec.structs.replace(prompt, stop_token_ids=ends)
+        self._render_or_encode(prompt, own, now)
+
+    def _render_or_encode(self, prompt: Prompt, own: OwnTexts, now: float) -> None:
+        template = prompt.chat_options.template or own.template
+        if prompt.chat is not None and template:
+            self._renderings.add(prompt, template, own.special_tokens if own.template else None)
+        else:
+            self._encode_or_refuse(prompt, now)
+
+    def _refuse(self, prompt: Prompt, error: RequestError, now: float) -> None:
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
+        outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+
+    def _encode_or_refuse(self, prompt: Prompt, now: float) -> None:
         try:
             encoded = self._encode(prompt)
             if encoded.grammar and not self._grammars.may_be_used(prompt, encoded):
                 return  # it is being compiled
         except RequestError as error:
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, error, now)
             return
         self._submit(prompt, encoded)
 
@@ -258,9 +337,7 @@ class Core:
             if not message.error:
                 self._submit(prompt, encoded)
                 continue
-            error = RequestError(422, FailureKind.GRAMMAR, message.error)
-            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, RequestError(422, FailureKind.GRAMMAR, message.error), now)
 
     def _submit(self, prompt: Prompt, encoded: Encoded) -> None:
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
@@ -295,7 +372,12 @@ class Core:
         """Whether this request waits for its chat to become text."""
         return request_id in self._renderings
 
-    def take_renderings(self) -> list[Prompt]:
+    def waits(self, request_id: int) -> bool:
+        """Whether it waits for that, or for its adapter's texts."""
+        in_texts = self._texts is not None and request_id in self._texts
+        return in_texts or self.renders(request_id)
+
+    def take_renderings(self) -> list[ToRender]:
         """Chats to be rendered beside all this; each is answered by `rendered`."""
         return self._renderings.take()
 
@@ -305,17 +387,20 @@ class Core:
         if prompt is None:
             return None
         if message.failure is None:
-            self.prompt(as_text(prompt, message.text), now)
+            self._encode_or_refuse(as_text(prompt, message.text), now)
         else:
             failure = message.failure
             error = RequestError(failure.status, failure.kind, failure.message)
-            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, error, now)
         return prompt
 
     def cancel(self, request_id: int) -> None:
         """Forget the request: its frontend hears no more of it. The scheduler may know it from a
         predecessor also where it is not known here."""
+        if self._texts is not None:
+            self._texts.cancel(request_id)
+        if self._ready:
+            self._ready = deque(one for one in self._ready if one[0].request_id != request_id)
         self._renderings.done(request_id)
         self._grammars.cancel(request_id)
         request = self._requests.pop(request_id, None)
@@ -398,6 +483,11 @@ class Core:
             request.outgoing.ends.append(end)
 
     def _forget_all_of(self, frontend: int) -> None:
+        if self._texts is not None:
+            self._texts.forget_frontend(frontend)
+        self._ready = deque(
+            one for one in self._ready if one[0].request_id >> REQUEST_BITS != frontend
+        )
         self._renderings.forget(frontend)
         self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:

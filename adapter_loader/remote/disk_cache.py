@@ -70,6 +70,10 @@ class DiskCache:
         self._reclaim()
         self._measure()
 
+    def folder_of(self, digest: str) -> Path:
+        """Where a complete entry lies, while its files are open."""
+        return self._entries / digest
+
     def open(self, digest: str, max_adapter_bytes: int) -> AdapterFiles | None:
         """The files of a complete entry, which stays until they are closed; None without one.
 

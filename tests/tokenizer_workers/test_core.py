@@ -445,7 +445,7 @@ def test_a_chat_with_a_template_of_its_own_waits_and_the_others_pass() -> None:
     worker = core()
     worker.prompt(own_chat(1), now=10.5)
     worker.prompt(prompt(2), now=10.5)
-    assert [one.request_id for one in worker.take_renderings()] == [1]
+    assert [one.prompt.request_id for one in worker.take_renderings()] == [1]
     assert worker.take_renderings() == []
     assert worker.renders(1)
     assert worker.requests == 2

@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
 from pipeline.incarnation import Incarnation
 from pipeline.messages import (
+    AdapterKey,
+    AdapterTexts,
+    AskTexts,
     Cancel,
     ChatOptions,
     End,
@@ -30,6 +34,7 @@ from pipeline.messages import (
     Stats,
     StillOpen,
     Submit,
+    ToAdapterLoader,
     ToFrontend,
     Tokenize,
     Tokenized,
@@ -49,8 +54,10 @@ class Neighbours:
         self.run_dir = run_dir
         self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
+        self.loader: Inbox[Message] = Inbox(run_dir, "adapter_loader", 0, ToAdapterLoader)
         self._outbox = Outbox(run_dir)
-        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in ("frontend", "scheduler")]
+        peers = ("frontend", "scheduler", "adapter_loader")
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in peers]
         self._workers = settings.get("tokenizer_workers", 1)
         self.greet()
         self._arrived: list[Message] = []
@@ -95,6 +102,7 @@ class Neighbours:
             outbox.close(linger_ms=0)
         self.frontend.close()
         self.scheduler.close()
+        self.loader.close()
 
 
 @pytest.fixture
@@ -289,6 +297,65 @@ def wait_until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
     while not done():
         assert time.monotonic() < deadline
+
+
+def texts(asked: AskTexts, files: dict[str, bytes], tokenizer: str = "") -> AdapterTexts:
+    return AdapterTexts(asked.question_id, asked.adapter, "1", files, tokenizer)
+
+
+def test_a_chat_is_rendered_with_the_template_that_its_adapter_ships(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start()
+    adapter = AdapterKey("hub", "x", scope="mine")
+    neighbours.send(prompt(1, adapter=adapter, adapter_token="secret"))
+    neighbours.send(prompt(2))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 2
+    asked = neighbours.next(neighbours.loader, AskTexts)
+    assert (asked.adapter, asked.adapter_token, asked.worker) == (adapter, "secret", 0)
+    config = {
+        "chat_template": "{{ bos_token }}{{ pad_token }}{{ messages[0].content }}",
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+    }
+    files = {"tokenizer_config.json": msgspec.json.encode(config)}
+    neighbours.send(texts(asked, files, asked.known_tokenizers[0]))
+    submit = neighbours.next(neighbours.scheduler, Submit)
+    expected = "<|im_start|><|endoftext|>What is the capital of France?"
+    assert tokenizer.decode(array("i", submit.token_ids), skip_special_tokens=False) == expected
+    assert submit.stop_token_ids == ()  # it ends the base model's replies too
+    assert "secret" not in neighbours.log()
+
+
+def test_a_tokenizer_is_compared_beside_the_prompts_of_others(
+    start: Callable[..., Neighbours], folder: Path
+) -> None:
+    neighbours = start()
+    file = msgspec.json.decode((folder / "tokenizer.json").read_bytes())
+    file["model"]["vocab"]["<pad>"] = 49152
+    neighbours.send(prompt(1, adapter=AdapterKey("local", "same")))
+    neighbours.send(prompt(2, adapter=AdapterKey("local", "other")))
+    same, other = (neighbours.next(neighbours.loader, AskTexts) for _ in range(2))
+    pretty = msgspec.json.format((folder / "tokenizer.json").read_bytes(), indent=4)
+    neighbours.send(texts(same, {"tokenizer.json": pretty}, "same"))
+    neighbours.send(texts(other, {"tokenizer.json": msgspec.json.encode(file)}, "other"))
+    neighbours.send(prompt(3))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 3
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 1
+    (end,) = neighbours.next(neighbours.frontend, Pieces).ends
+    assert (end.request_id, end.failure.status) == (2, 422)
+    assert end.failure.message.startswith(
+        "adapter other: its tokenizer.json disagrees: it has the token '<pad>' (id 49152), and"
+    )
+
+
+def test_where_adapters_templates_are_off_the_loader_is_not_asked(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start(adapter_chat_templates=False)
+    neighbours.send(prompt(1, adapter=AdapterKey("local", "x")))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 1
+    assert neighbours.loader.receive(timeout_ms=0) == []
 
 
 def children(pid: int) -> list[int]:
