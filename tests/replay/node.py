@@ -274,9 +274,9 @@ class Node:
                 core.resumed(message, self._now)
             case _:
                 raise AssertionError(message)
-        for prompt in core.take_renderings():
-            content = (prompt.chat or [])[0]["content"]
-            self._beside[place].append(Rendered(prompt.request_id, content))
+        for asked in core.take_renderings():
+            content = (asked.prompt.chat or [])[0]["content"]
+            self._beside[place].append(Rendered(asked.prompt.request_id, content))
         for source in core.take_checks():
             self._beside[place].append(GrammarChecked(source, "bad" if source == "bad" else ""))
         if self._choose.random() < 0.7:  # else more is read before anything is sent
