@@ -159,8 +159,8 @@ class Loader:
     def announce(self) -> None:
         """Loads may come."""
         self._outbox.greet("scheduler")
-        self._outbox.greet("frontend", self._settings.frontends)
         self._outbox.greet("tokenizer_workers", self._settings.tokenizer_workers)
+        self._outbox.greet("frontend", self._settings.frontends)
         self._outbox.send("scheduler", self._arena_ready)
         for frontend in range(self._settings.frontends):
             self._outbox.send("frontend", self._ready, frontend)

@@ -16,6 +16,7 @@ passes on SIGTERM and SIGINT, to those as well that it starts later. If it is ki
 import argparse
 import ctypes
 import logging
+import math
 import os
 import select
 import signal
@@ -103,7 +104,9 @@ class Kept:
     def next_deadline(self) -> float:
         if self._child is None:
             return self._due
-        return self._heard + self._hang_seconds if self._heard is not None else float("inf")
+        if self._heard is None or self._hangs:
+            return math.inf
+        return self._heard + self._hang_seconds
 
     def start_if_due(self, now: float) -> None:
         if self._child is not None or self.ended is not None or now < self._due:

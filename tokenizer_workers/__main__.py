@@ -165,6 +165,8 @@ class Worker:
             return  # what it is to know has waited for it
         if message.process == "scheduler":
             self.core.scheduler_started(time.monotonic())
+        elif message.process == "adapter_loader":
+            self.core.loader_started(time.monotonic())
         elif message.process == "frontend":
             self.core.frontend_started(message.index)
             self._say_ready(message.index)

@@ -482,6 +482,11 @@ class Core:
             end = End(request_id, FinishReason.ERROR, request.usage(now), CUT_OFF)
             request.outgoing.ends.append(end)
 
+    def loader_started(self, now: float) -> None:
+        """Another incarnation of the adapter loader, which has been asked nothing."""
+        if self._texts is not None:
+            self._texts.loader_started(now)
+
     def _forget_all_of(self, frontend: int) -> None:
         if self._texts is not None:
             self._texts.forget_frontend(frontend)

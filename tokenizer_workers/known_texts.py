@@ -37,7 +37,7 @@ MAX_KNOWN = 20_000
 MAX_VERDICTS = 256
 TOLD_VERDICTS = 32  # of them, that go with each question
 MAX_COMPARING = 16  # each may have 32 MiB
-ASK_AGAIN_SECONDS = 10.0  # the loader may have been started anew
+ASK_AGAIN_SECONDS = 10.0  # the question may have been lost
 
 TOO_MANY = Failure(
     503,
@@ -189,6 +189,12 @@ class KnownTexts:
             elif now >= question.sent_at + ASK_AGAIN_SECONDS:
                 question.sent_at = now
                 self._to_ask.append(question.message)
+
+    def loader_started(self, now: float) -> None:
+        """Its predecessor answers nothing more."""
+        for question in self._questions.values():
+            question.sent_at = now
+            self._to_ask.append(question.message)
 
     def cancel(self, request_id: int) -> None:
         self._waiting.pop(request_id, None)

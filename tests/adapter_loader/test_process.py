@@ -82,7 +82,11 @@ class Running:
             opened.callback(self.tokenizer_worker.close)
             self.outbox = Outbox(self.run_dir)
             opened.callback(self.outbox.close, 0)
-            for process in ("scheduler", "frontend"):  # who is not known, is told nothing
+            for process in (
+                "scheduler",
+                "frontend",
+                "tokenizer_workers",
+            ):  # who is not known, is told nothing
                 peer = Outbox(self.run_dir, Incarnation(process))
                 opened.callback(peer.close, 0)
                 peer.greet("adapter_loader")

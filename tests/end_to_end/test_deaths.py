@@ -17,8 +17,8 @@ from tests.end_to_end.server import Server, eventually
 
 STREAMS = 64
 ADAPTERS = [f"adapter-{number}" for number in range(8)]
-CANDIDATES = 100  # of which so many streams are chosen
-TOKENS = 50
+CANDIDATES = 90  # of which so many streams are chosen
+TOKENS = 40
 KILLS = 30
 WORKER_KILLS = 6  # of these; a start takes the worker seconds, and a death of one that is not
 # ready disturbs nobody
@@ -27,7 +27,7 @@ OTHERS = (
     "tokenizer_workers",
 )  # that are killed while the worker starts, and after that
 PROGRESS = 100  # tokens between a start of the worker and its next death
-HANG_SECONDS = 4.0
+HANG_SECONDS = 3.0
 WORDS = "Once upon a time there was a server that nobody could kill and"
 TEMPERATURE = 0.01  # a sixteenth of what the logits spread
 CLOSE_CALL = 1e-4  # of the temperature; rounding does a hundredth of it
@@ -224,7 +224,7 @@ def test_deaths_at_random_moments_change_no_reply(server: Server, streams: list[
 
     before = server.output().count("event=died")
     load = asyncio.run(under_load(server, streams, kill))
-    assert server.output().count("event=died") - before == KILLS
+    assert server.output().count("event=died") - before >= KILLS
     assert load.replies >= STREAMS
     assert eventually(lambda: is_healthy(server), 30)
     assert eventually(lambda: server.metric("loradex_process_restarts_total") >= KILLS)

@@ -204,6 +204,20 @@ def test_figures_that_add_up_do_not_start_over() -> None:
     assert (after.preemptions, after.steps) == (before.preemptions, before.steps)
 
 
+@pytest.mark.parametrize("steps", range(1, 24))
+def test_those_that_were_preempted_go_on_whenever_it_happens(steps: int) -> None:
+    world = World(kv_blocks=6, rows=4)
+    requests = [world.submit((number + 1,) * 4, max_tokens=8) for number in range(4)]
+    for _ in range(steps):
+        if world.worker.steps:
+            world.step()
+    replace_worker(world)
+    world.run()
+    for request_id in requests:
+        assert world.tokens[request_id] == expected(world, request_id)
+    assert world.core.figures().kv_blocks_used == 0
+
+
 # --- the loader -----------------------------------------------------------------------------------
 
 

@@ -391,3 +391,15 @@ def test_whatever_happens_each_prompt_hears_once(seed: int) -> None:
         asked += texts.take_questions()
     assert set(heard.values()) <= {1}
     assert len(texts) == 0
+
+
+def test_a_loader_that_was_started_again_is_asked_again_at_once() -> None:
+    texts = known()
+    texts.of(prompt(), now=0.0)
+    asked = question(texts)
+    texts.loader_started(now=1.0)
+    assert question(texts) == asked
+    texts.told(answer(asked, T), now=2.0)
+    assert ready(texts) == [(1, TEMPLATE)]
+    texts.loader_started(now=3.0)
+    assert texts.take_questions() == []

@@ -43,6 +43,7 @@ from pipeline.messages import (
     Usage,
 )
 
+PEERS = ("frontend", "scheduler", "adapter_loader")
 WAIT_SECONDS = 30
 
 
@@ -56,8 +57,7 @@ class Neighbours:
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
         self.loader: Inbox[Message] = Inbox(run_dir, "adapter_loader", 0, ToAdapterLoader)
         self._outbox = Outbox(run_dir)
-        peers = ("frontend", "scheduler", "adapter_loader")
-        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in peers]
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in PEERS]
         self._workers = settings.get("tokenizer_workers", 1)
         self.greet()
         self._arrived: list[Message] = []
