@@ -20,16 +20,14 @@ from pipeline.messages import (
     Tokenize,
     Tokenized,
 )
+from tests.frontend import test_downstream
 from tests.frontend.fakes import end, settings
 
 pytestmark = pytest.mark.anyio
 
 
-class Sent(list[tuple[str, Message, int]]):
-    """A send that keeps what it is given."""
-
-    def __call__(self, process: str, message: Message, index: int) -> None:
-        self.append((process, message, index))
+class Sent(test_downstream.Sent):
+    """What has been sent since it was asked last."""
 
     def take(self) -> list[tuple[str, Message, int]]:
         taken = self[:]

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import msgspec
+
 from frontend.downstream import Downstream, Reply
 from pipeline.config import Settings
 from pipeline.messages import (
@@ -85,13 +87,7 @@ class Node:
     def __init__(self, choose: random.Random, *, workers: int) -> None:
         self._choose = choose
         self._now = 0.0
-        settings = Settings(
-            rows=SETTINGS.rows,
-            step_tokens=SETTINGS.step_tokens,
-            model_id="base",
-            adapter_root=(),
-            tokenizer_workers=workers,
-        )
+        settings = msgspec.structs.replace(SETTINGS, tokenizer_workers=workers)
         sizes = {"rows": settings.rows, "kv_blocks": 64, "step_tokens": 24, "chunk_tokens": 24}
         self.gpu = FakeWorker(arena={}, **sizes)
         self.scheduler = Scheduler(settings=settings, eos_token_ids=(EOS,))
