@@ -24,6 +24,7 @@ from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterKey,
     Cancel,
+    EndsHeard,
     Finished,
     FinishReason,
     Prefetch,
@@ -197,6 +198,9 @@ class Engine:
             for request_id in message.request_ids:
                 if request_id in self._replies:  # else it was cancelled
                     self._replies[request_id].times.append(now)
+            if message.finished:
+                heard = [finished.request_id for finished in message.finished]
+                self._outbox.send("scheduler", EndsHeard(heard))
             for finished in message.finished:
                 reply = self._replies.pop(finished.request_id, None)
                 if reply is not None:

@@ -127,6 +127,8 @@ async def serve(
 
     def peer_started(message: PeerStarted) -> None:
         processes.died(message.process, message.index)
+        if message.process == "tokenizer_workers":
+            downstream.worker_started(message.index)
         if message.process == "scheduler":
             downstream.scheduler_started()
             commands.scheduler_started()
@@ -153,6 +155,8 @@ async def serve(
                 peer = (message.process, message.index)
                 if outbox.known(peer) <= message.number:  # else its successor has come already
                     processes.died(*peer, message.cause)
+                    if message.process == "tokenizer_workers":
+                        downstream.admission.worker_died(message.index)
             case PeerStarted():
                 if message.again:
                     peer_started(message)

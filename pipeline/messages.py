@@ -287,6 +287,12 @@ class ChatOptions(Value, frozen=True):
     add_special_tokens: bool = False  # those that the tokenizer puts around a text
 
 
+# Of each choice of a prompt that is sent again: how many tokens of its reply the frontend has, as
+# Piece.produced counts; GONE if nobody waits for more of it.
+Heard = tuple[int, ...]
+GONE = -1
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -318,6 +324,7 @@ class Prompt(Message, frozen=True):
     tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
     pooling: Pooling | None = None  # the embedding is wanted, and no reply; max_tokens is 1
+    heard: Heard | None = None  # None: it is not sent again
 
 
 class Rendered(Message, frozen=True):
@@ -344,6 +351,19 @@ class Cancel(Message, frozen=True):
     """
 
     request_id: int
+    stopped: bool = False  # its worker has ended it, and the frontend may not have heard it yet
+
+
+class StillOpen(Message, frozen=True):
+    """frontend -> tokenizer_workers -> scheduler: to a worker that was started again.
+
+    Nobody waits for any other request that this frontend had given to its predecessors. These
+    here follow once more.
+    """
+
+    frontend: int
+    worker: int
+    request_ids: list[int]
 
 
 class GrammarChecked(Message, frozen=True):
@@ -398,6 +418,13 @@ class Submit(Message, frozen=True):
     trace: str = ""  # as of the prompt
     grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
     pooling: Pooling | None = None  # as of the prompt
+    heard: Heard | None = None  # as of the prompt
+
+
+class EndsHeard(Message, frozen=True):
+    """frontend -> scheduler: these ends have come; the requests need not be known any more."""
+
+    request_ids: list[int]
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -800,6 +827,21 @@ class PromptLogprobs(Message, frozen=True):
     rows: list[bytes]  # of pipeline.logprobs
 
 
+class Resumed(Message, frozen=True):
+    """scheduler -> tokenizer_workers: all that came of a request that was submitted again.
+
+    Tokens and PromptLogprobs go on from there. A request that the scheduler had not known starts
+    without this.
+    """
+
+    request_id: int
+    token_ids: bytes
+    logprobs: list[bytes]  # of each token, if they are wanted: rows of pipeline.logprobs
+    prompt_logprobs: list[bytes]
+    first_token: float  # when it came, time.monotonic(); 0 if there is none
+    finished: Finished | None = None  # if it has ended
+
+
 # --- tokenizer_workers -> frontend ---------------------------------------------------------------
 
 
@@ -810,6 +852,7 @@ class Piece(Value, frozen=True):
     text: str
     tokens: tuple[TokenDetail, ...] = ()
     tool_calls: tuple[ToolCallPart, ...] = ()  # after the text
+    produced: int = 0  # tokens, in all: this and the pieces before it are what they have said
 
 
 class End(Value, frozen=True):
@@ -930,8 +973,10 @@ ToTokenizerWorker = (
     | Rendered
     | GrammarChecked
     | Cancel
+    | StillOpen
     | Tokens
     | PromptLogprobs
+    | Resumed
     | AdapterTexts
     | ForgetTexts
     | TokenizerCompared
@@ -941,6 +986,8 @@ ToTokenizerWorker = (
 ToScheduler = (
     Prefetch
     | Submit
+    | StillOpen
+    | EndsHeard
     | Cancel
     | WorkerReady
     | StepDone

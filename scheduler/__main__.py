@@ -17,6 +17,7 @@ from pipeline.messages import (
     AliasesTaken,
     ArenaReady,
     Cancel,
+    EndsHeard,
     GrammarCompiled,
     ListAdapters,
     NamesKept,
@@ -26,6 +27,7 @@ from pipeline.messages import (
     Shutdown,
     Stats,
     StepDone,
+    StillOpen,
     Submit,
     ToScheduler,
     WorkerReady,
@@ -122,6 +124,10 @@ class Loop:
                 self._core.grammar_compiled(message, now)
             case Submit():
                 self._core.submit(message, now)
+            case EndsHeard():
+                self._core.ends_heard(message, now)
+            case StillOpen():
+                self._core.still_open(message, now)
             case Cancel():
                 self._core.cancel(message, now)
             case Prefetch():
@@ -162,8 +168,10 @@ class Loop:
                 self._core.worker_lost(now)
             case "adapter_loader":
                 self._core.loader_lost()
+            case "tokenizer_workers":
+                self._core.tokenizer_started(message.index)
             case "frontend":
-                self._core.frontend_started(message.index)
+                self._core.frontend_started(message.index, now)
                 facts = self._core.facts()
                 if facts is not None:
                     self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)

@@ -20,10 +20,12 @@ from pipeline.messages import (
     Prompt,
     PromptLogprobs,
     Rendered,
+    Resumed,
     Shutdown,
     Span,
     Spans,
     Stats,
+    StillOpen,
     Tokenize,
     TokenizerCompared,
     Tokens,
@@ -65,9 +67,8 @@ class Worker:
         self._index = index = incarnation.index
         self._stats_seconds = settings.stats_seconds
         self._next_stats = time.monotonic()
-        self._facts: dict[str, str | int | float | None] = {
-            "max_total_tokens": model.max_total_tokens
-        }
+        facts: dict[str, str | int | float | None] = {"max_total_tokens": model.max_total_tokens}
+        self._ready = ProcessReady(PROCESS, index, facts)
         run_dir = settings.run_folder()
         self._outbox = Outbox(run_dir, incarnation)
         self._inbox: Inbox[ToTokenizerWorker] = Inbox(
@@ -98,7 +99,7 @@ class Worker:
             self._say_ready(frontend)
 
     def _say_ready(self, frontend: int) -> None:
-        self._outbox.send("frontend", ProcessReady(PROCESS, self._index, self._facts), frontend)
+        self._outbox.send("frontend", self._ready, frontend)
 
     def turn(self) -> None:
         """Deal with what has arrived, or wait for it until the next report is due."""
@@ -138,6 +139,8 @@ class Worker:
                 self._go_on()
             case PromptLogprobs():
                 self.core.prompt_logprobs(message)
+            case Resumed():
+                self.core.resumed(message, time.monotonic())
             case Tokenize():
                 self._outbox.send("frontend", self._tokenized(message), message.frontend)
             case Rendered():
@@ -148,6 +151,8 @@ class Worker:
                 self.core.grammar_checked(message, time.monotonic())
             case Cancel():
                 self.core.cancel(message.request_id)
+            case StillOpen():
+                self.core.still_open(message)
             case PeerStarted():
                 self._peer_started(message)
             case Shutdown():

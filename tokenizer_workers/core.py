@@ -3,6 +3,10 @@
 Inputs are methods named after what happened; take_outbox empties what is to be sent. Each prompt
 is answered by exactly one End, unless its frontend cancels it. A frontend is known by its
 requests: it is request_id >> REQUEST_BITS.
+
+A worker that takes the place of one that died is sent its prompts again, and by the scheduler all
+tokens of each. What it makes of these is what its predecessor made of them, so that it says again
+only what comes after those that the frontend has heard of.
 """
 
 from array import array
@@ -14,6 +18,7 @@ import msgspec
 from pipeline.choices import request_ids
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    GONE,
     REQUEST_BITS,
     AdapterTexts,
     AskTexts,
@@ -31,7 +36,9 @@ from pipeline.messages import (
     PromptDetails,
     PromptLogprobs,
     Rendered,
+    Resumed,
     Shutdown,
+    StillOpen,
     Submit,
     TokenDetail,
     TokenizerCompared,
@@ -62,7 +69,7 @@ class ToPeer(msgspec.Struct, frozen=True):
 
     process: str
     index: int
-    message: Submit | Cancel | Shutdown | PromptDetails | Pieces
+    message: Submit | Cancel | StillOpen | Shutdown | PromptDetails | Pieces
 
 
 class _Outgoing:
@@ -72,30 +79,34 @@ class _Outgoing:
 
     def __init__(self) -> None:
         self.prompts: list[PromptDetails] = []
-        self.texts: dict[int, str] = {}  # request_id -> its text since the last message
-        self.tool_calls: dict[int, list[ToolCallPart]] = {}
-        self.details: dict[int, list[TokenDetail]] = {}
+        self.texts: dict[_Request, str] = {}  # since the last message
+        self.tool_calls: dict[_Request, list[ToolCallPart]] = {}
+        self.details: dict[_Request, list[TokenDetail]] = {}
         self.ends: list[End] = []
 
-    def add(self, request_id: int, text: str) -> None:
-        self.texts[request_id] = self.texts.get(request_id, "") + text
+    def add(self, request: "_Request", text: str) -> None:
+        self.texts[request] = self.texts.get(request, "") + text
 
-    def detail(self, request_id: int, detail: TokenDetail) -> None:
-        self.details.setdefault(request_id, []).append(detail)
-        self.texts.setdefault(request_id, "")  # so that a piece carries it
+    def detail(self, request: "_Request", detail: TokenDetail) -> None:
+        self.details.setdefault(request, []).append(detail)
+        self.texts.setdefault(request, "")  # so that a piece carries it
 
-    def say(self, request_id: int, said: Said) -> None:
+    def say(self, request: "_Request", said: Said) -> None:
         if said.text:
-            self.add(request_id, said.text)
+            self.add(request, said.text)
         if said.parts:
-            self.tool_calls.setdefault(request_id, []).extend(said.parts)
-            self.texts.setdefault(request_id, "")
+            self.tool_calls.setdefault(request, []).extend(said.parts)
+            self.texts.setdefault(request, "")
 
-    def forget(self, request_id: int) -> None:
-        self.texts.pop(request_id, None)
-        self.tool_calls.pop(request_id, None)
-        self.details.pop(request_id, None)
-        self.prompts = [one for one in self.prompts if one.request_id != request_id]
+    def unsay(self, request: "_Request") -> None:
+        """What it has said since the last message is not sent."""
+        self.texts.pop(request, None)
+        self.tool_calls.pop(request, None)
+        self.details.pop(request, None)
+
+    def forget(self, request: "_Request") -> None:
+        self.unsay(request)
+        self.prompts = [one for one in self.prompts if one.request_id != request.request_id]
 
     def take(self) -> Pieces | None:
         if not (self.texts or self.ends):
@@ -103,16 +114,20 @@ class _Outgoing:
         if self.details or self.tool_calls:
             pieces = [
                 Piece(
-                    request_id,
+                    request.request_id,
                     text,
-                    tuple(self.details.get(request_id, ())),
-                    tuple(self.tool_calls.get(request_id, ())),
+                    tuple(self.details.get(request, ())),
+                    tuple(self.tool_calls.get(request, ())),
+                    request.completion_tokens,
                 )
-                for request_id, text in self.texts.items()
+                for request, text in self.texts.items()
             ]
             self.details, self.tool_calls = {}, {}
         else:
-            pieces = [Piece(request_id, text) for request_id, text in self.texts.items()]
+            pieces = [
+                Piece(request.request_id, text, (), (), request.completion_tokens)
+                for request, text in self.texts.items()
+            ]
         message = Pieces(pieces, tuple(self.ends))
         self.texts = {}
         self.ends = []
@@ -127,11 +142,13 @@ class _Request:
         "completion_tokens",
         "decoder",
         "first_token_at",
+        "heard",
         "outgoing",
         "parser",
         "prompt",
         "prompt_text",
         "prompt_tokens",
+        "request_id",
         "stop",
         "token_decoder",
         "top",
@@ -139,8 +156,10 @@ class _Request:
 
     def __init__(
         self,
+        request_id: int,
         *,
         outgoing: _Outgoing,
+        heard: int,
         arrived: float,
         prompt_tokens: int,
         decoder: TextDecoder,
@@ -149,7 +168,9 @@ class _Request:
         top: int,
         parser: ToolCallParser | None,
     ) -> None:
+        self.request_id = request_id
         self.outgoing = outgoing
+        self.heard = heard  # tokens whose text the frontend has had from a predecessor
         self.parser = parser
         self.arrived = arrived
         self.prompt_tokens = prompt_tokens
@@ -211,7 +232,7 @@ class Core:
         self._renderings = Renderings()
         self._ready: deque[Ready] = deque()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
-        self._to_scheduler: list[Submit | Cancel | Shutdown] = []
+        self._to_scheduler: list[Submit | Cancel | StillOpen | Shutdown] = []
 
     @property
     def requests(self) -> int:
@@ -320,9 +341,10 @@ class Core:
 
     def _submit(self, prompt: Prompt, encoded: Encoded) -> None:
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-        for request_id in _request_ids(prompt):
-            self._requests[request_id] = self._new_request(outgoing, prompt, encoded)
-        if prompt.prompt_details:
+        for request_id, heard in _heard(prompt):
+            request = self._new_request(request_id, outgoing, heard, prompt, encoded)
+            self._requests[request_id] = request
+        if prompt.prompt_details and prompt.request_id in self._requests:
             self._tell_prompt(outgoing, prompt, encoded)
         self._to_scheduler.append(
             Submit(
@@ -342,6 +364,7 @@ class Core:
                 trace=prompt.trace,
                 grammar=encoded.grammar,
                 pooling=prompt.pooling,
+                heard=prompt.heard,
             )
         )
 
@@ -372,7 +395,8 @@ class Core:
         return prompt
 
     def cancel(self, request_id: int) -> None:
-        """Forget the request: its frontend hears no more of it."""
+        """Forget the request: its frontend hears no more of it. The scheduler may know it from a
+        predecessor also where it is not known here."""
         if self._texts is not None:
             self._texts.cancel(request_id)
         if self._ready:
@@ -381,8 +405,8 @@ class Core:
         self._grammars.cancel(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
-            request.outgoing.forget(request_id)
-            self._to_scheduler.append(Cancel(request_id))
+            request.outgoing.forget(request)
+        self._to_scheduler.append(Cancel(request_id))
 
     def tokens(self, message: Tokens, now: float) -> None:
         """The tokens of a step. Those of requests that are over here are dropped."""
@@ -393,7 +417,7 @@ class Core:
             request = requests.get(request_id)
             if request is None:
                 continue
-            if not request.completion_tokens:
+            if not request.first_token_at:
                 request.first_token_at = now
             request.completion_tokens += 1
             text = request.decoder.push(token_id)
@@ -401,24 +425,48 @@ class Core:
                 own_text = request.token_decoder.push(token_id)
                 row = message.logprobs.get(at)
                 detail = self._vocabulary.detail(token_id, own_text, row, request.top)
-                request.outgoing.detail(request_id, detail)
+                request.outgoing.detail(request, detail)
             if request.stop is not None:
                 text = request.stop.push(text)
             if text:
-                self._say(request, request_id, text)
+                self._say(request, text)
             stopped = request.stop is not None and request.stop.matched
             if stopped or (request.parser is not None and request.parser.is_over):
-                self._stopped(request, request_id, now)
+                self._stopped(request, now)
         for finished in message.finished:
             self._finished(finished, now)
+
+    def resumed(self, message: Resumed, now: float) -> None:
+        """All tokens of a request that its predecessor had. What the frontend knows is not said
+        again."""
+        request = self._requests.get(message.request_id)
+        if request is None:
+            return
+        self._add_to_prompt(request, message.prompt_logprobs)
+        request.first_token_at = message.first_token
+        token_ids, heard = array("i", message.token_ids).tolist(), request.heard
+        self._replay(request, token_ids[:heard], message.logprobs[:heard], now)
+        request.outgoing.unsay(request)
+        self._replay(request, token_ids[heard:], message.logprobs[heard:], now)
+        if message.finished is not None:
+            self._finished(message.finished, now)
+
+    def _replay(
+        self, request: _Request, token_ids: list[int], logprobs: list[bytes], now: float
+    ) -> None:
+        request_ids = [request.request_id] * len(token_ids)
+        rows = dict(enumerate(logprobs))
+        self.tokens(Tokens(request_ids, token_ids, rows), now)
 
     def prompt_logprobs(self, message: PromptLogprobs) -> None:
         """When the last have come, so have all details of the prompt."""
         request = self._requests.get(message.request_id)
-        if request is None or request.prompt is None:
-            return
-        request.prompt.add(message.rows)
-        self._complete_prompt(request, message.request_id)
+        if request is not None:
+            self._add_to_prompt(request, message.rows)
+
+    def still_open(self, message: StillOpen) -> None:
+        """The scheduler is told before these prompts are submitted again."""
+        self._to_scheduler.append(message)
 
     def frontend_started(self, frontend: int) -> None:
         """Another incarnation, which waits for nothing that the one before has asked for."""
@@ -452,8 +500,8 @@ class Core:
 
     def shutdown(self, frontend: int) -> None:
         """A frontend has gone; when all have, the scheduler is told."""
-        del self._outgoing[frontend]
         self._forget_all_of(frontend)
+        self._outgoing.pop(frontend, None)  # it may have told the predecessor too
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))
 
@@ -469,10 +517,14 @@ class Core:
                 messages.append(ToPeer("frontend", index, pieces))
         return messages
 
-    def _new_request(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> _Request:
+    def _new_request(
+        self, request_id: int, outgoing: _Outgoing, heard: int, prompt: Prompt, encoded: Encoded
+    ) -> _Request:
         calls = encoded.new_parser is not None
         return _Request(
+            request_id,
             outgoing=outgoing,
+            heard=heard,
             arrived=prompt.arrived,
             prompt_tokens=encoded.prompt_tokens,
             decoder=self._new_tool_decoder() if calls else self._new_decoder(),
@@ -494,12 +546,16 @@ class Core:
             encoded.token_ids, prompt.logprobs, self._vocabulary, self._new_token_decoder()
         )
         request.prompt_text = text
-        self._complete_prompt(request, prompt.request_id)
+        self._add_to_prompt(request, [])
 
-    def _complete_prompt(self, request: _Request, request_id: int) -> None:
+    def _add_to_prompt(self, request: _Request, rows: list[bytes]) -> None:
+        """Nobody may want them: then they have been told."""
         prompt = request.prompt
-        if prompt is not None and prompt.complete:
-            details = PromptDetails(request_id, request.prompt_text, tuple(prompt.details))
+        if prompt is None:
+            return
+        prompt.add(rows)
+        if prompt.complete:
+            details = PromptDetails(request.request_id, request.prompt_text, tuple(prompt.details))
             request.outgoing.prompts.append(details)
             request.prompt = None
 
@@ -508,20 +564,21 @@ class Core:
         texts = [decoder.push(token_id) for token_id in array("i", encoded.token_ids)]
         return "".join(texts) + decoder.finish()
 
-    def _say(self, request: _Request, request_id: int, text: str) -> None:
+    def _say(self, request: _Request, text: str) -> None:
         if request.parser is None:
-            request.outgoing.add(request_id, text)
+            request.outgoing.add(request, text)
         else:
-            request.outgoing.say(request_id, request.parser.push(text))
+            request.outgoing.say(request, request.parser.push(text))
 
-    def _stopped(self, request: _Request, request_id: int, now: float) -> None:
+    def _stopped(self, request: _Request, now: float) -> None:
         """A stop string matched, or the only call of a tool is over: the end is told here, and the
         scheduler hears of it last."""
-        del self._requests[request_id]
+        del self._requests[request.request_id]
         if request.parser is not None and not request.parser.is_over:
-            request.outgoing.say(request_id, request.parser.finish())
-        request.outgoing.ends.append(End(request_id, FinishReason.STOP, request.usage(now)))
-        self._to_scheduler.append(Cancel(request_id))
+            request.outgoing.say(request, request.parser.finish())
+        end = End(request.request_id, FinishReason.STOP, request.usage(now))
+        request.outgoing.ends.append(end)
+        self._to_scheduler.append(Cancel(request.request_id, stopped=True))
 
     def _finished(self, finished: Finished, now: float) -> None:
         request = self._requests.pop(finished.request_id, None)
@@ -535,16 +592,26 @@ class Core:
             else:
                 text += request.stop.finish()
         if text:
-            self._say(request, finished.request_id, text)
+            self._say(request, text)
         if request.parser is not None and not request.parser.is_over:
-            request.outgoing.say(finished.request_id, request.parser.finish())
+            request.outgoing.say(request, request.parser.finish())
         request.outgoing.ends.append(
             End(finished.request_id, reason, finished.usage, finished.failure, finished.embedding)
         )
 
 
-def _request_ids(prompt: Prompt) -> range:
-    return request_ids(prompt.request_id, prompt.choices)
+def _request_ids(prompt: Prompt) -> list[int]:
+    """Those that somebody waits for."""
+    return [request_id for request_id, _ in _heard(prompt)]
+
+
+def _heard(prompt: Prompt) -> list[tuple[int, int]]:
+    """The requests that somebody waits for, and how many tokens of each the frontend has."""
+    ids = request_ids(prompt.request_id, prompt.choices)
+    if prompt.heard is None:
+        return [(request_id, 0) for request_id in ids]
+    both = zip(ids, prompt.heard, strict=True)
+    return [(request_id, heard) for request_id, heard in both if heard != GONE]
 
 
 def _refused(prompt: Prompt, request_id: int, error: RequestError, now: float) -> End:

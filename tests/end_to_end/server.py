@@ -73,8 +73,8 @@ class Server:
         )
         return int(found[-1])
 
-    def signal(self, process: str, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid(process), number)
+    def signal(self, process: str, number: int = signal.SIGKILL, index: int = 0) -> None:
+        os.kill(self.pid(process, index), number)
 
     def exit_codes(self) -> dict[str, int]:
         found = re.findall(r"(\w+)\.1 stopped \(rc=(-?\d+)\)", self.output())

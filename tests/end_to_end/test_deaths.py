@@ -22,7 +22,10 @@ TOKENS = 40
 KILLS = 30
 WORKER_KILLS = 6  # of these; a start takes the worker seconds, and a death of one that is not
 # ready disturbs nobody
-OTHERS = ("adapter_loader",)  # that are killed while the worker starts, and after that
+OTHERS = (
+    "adapter_loader",
+    "tokenizer_workers",
+)  # that are killed while the worker starts, and after that
 PROGRESS = 100  # tokens between a start of the worker and its next death
 HANG_SECONDS = 3.0
 WORDS = "Once upon a time there was a server that nobody could kill and"

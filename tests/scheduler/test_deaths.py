@@ -315,7 +315,7 @@ def test_a_frontend_that_starts_again_is_told_the_names_and_waited_for() -> None
     told = world.names[0]
     assert told.names == {"x": AdapterKey("local", "a")}
     world.names[0] = type(told)(0, {})  # it knows nothing
-    world.core.frontend_started(0)
+    world.core.frontend_started(0, world.now)
     world.settle()
     assert world.names[0] == told
     assert load not in world.done

@@ -29,8 +29,10 @@ from pipeline.messages import (
     Pieces,
     ProcessReady,
     Prompt,
+    Resumed,
     Shutdown,
     Stats,
+    StillOpen,
     Submit,
     ToAdapterLoader,
     ToFrontend,
@@ -56,8 +58,8 @@ class Neighbours:
         self.loader: Inbox[Message] = Inbox(run_dir, "adapter_loader", 0, ToAdapterLoader)
         self._outbox = Outbox(run_dir)
         self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in PEERS]
-        for peer in self._peers:  # who is not known, is told nothing
-            peer.greet("tokenizer_workers", settings.get("tokenizer_workers", 1))
+        self._workers = settings.get("tokenizer_workers", 1)
+        self.greet()
         self._arrived: list[Message] = []
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
@@ -67,6 +69,11 @@ class Neighbours:
                 env=os.environ | to_environment(chosen),
                 stderr=log,
             )
+
+    def greet(self) -> None:
+        """Who is not known, is told nothing."""
+        for peer in self._peers:
+            peer.greet("tokenizer_workers", self._workers)
 
     def send(self, message: Message, worker: int = 0) -> None:
         self._outbox.send("tokenizer_workers", message, worker)
@@ -170,7 +177,7 @@ def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
     ids = tokenizer.encode("Paris or London").ids
     for token_id in ids:
         neighbours.send(Tokens([1], [token_id], {}))
-    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1)
+    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1, stopped=True)
     text, ends = "", ()
     while not ends:
         pieces = neighbours.next(neighbours.frontend, Pieces)
@@ -239,13 +246,57 @@ def test_a_worker_that_shuts_down_leaves_no_process_of_templates(
     endless = "{{ 10 ** (10 ** 10) }}"
     neighbours.send(prompt(1, chat_options=ChatOptions(template="{{ 1 }}")))
     neighbours.next(neighbours.scheduler, Submit)
-    (child,) = children(neighbours.process.pid)
+    (worker,) = children(neighbours.process.pid)
+    (child,) = children(worker)
     neighbours.send(prompt(2, chat_options=ChatOptions(template=endless)))
     neighbours.send(prompt(3))
     assert neighbours.next(neighbours.scheduler, Submit).request_id == 3
     neighbours.send(Shutdown("frontend", 0))
     assert neighbours.process.wait(WAIT_SECONDS) == 0
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_it_had_can_be_resumed(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start(template_seconds=100)
+    neighbours.next(neighbours.frontend, ProcessReady)
+    neighbours.send(prompt(1, chat_options=ChatOptions(template="{{ 1 }}")))
+    neighbours.next(neighbours.scheduler, Submit)
+    neighbours.send(prompt(2))
+    first = neighbours.next(neighbours.scheduler, Submit)
+    ids = tokenizer.encode("Paris or London").ids
+    neighbours.send(Tokens([2, 2], ids[:2], {}))
+    heard = neighbours.next(neighbours.frontend, Pieces).pieces
+    (worker,) = children(neighbours.process.pid)
+    (renderer,) = children(worker)
+    endless = "{{ 10 ** (10 ** 10) }}"
+    neighbours.send(prompt(3, chat_options=ChatOptions(template=endless)))
+    neighbours.send(prompt(4))
+    neighbours.next(neighbours.scheduler, Submit)
+
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: children(neighbours.process.pid) not in ([], [worker]))
+    neighbours.greet()
+    neighbours.next(neighbours.frontend, ProcessReady)
+    wait_until(lambda: not Path(f"/proc/{renderer}").exists())
+    neighbours.send(StillOpen(0, 0, [2]))
+    neighbours.send(prompt(2, heard=(heard[-1].produced,)))
+    assert neighbours.next(neighbours.scheduler, StillOpen) == StillOpen(0, 0, [2])
+    again = neighbours.next(neighbours.scheduler, Submit)
+    assert (again.token_ids, again.heard) == (first.token_ids, (2,))
+    end = Finished(2, FinishReason.EOS, Usage(prompt_tokens=31, completion_tokens=len(ids)))
+    neighbours.send(Resumed(2, array("i", ids).tobytes(), [], [], 0.0, end))
+    pieces = neighbours.next(neighbours.frontend, Pieces)
+    text = "".join(piece.text for piece in [*heard, *pieces.pieces])
+    assert text == "Paris or London"
+    assert [one.request_id for one in pieces.ends] == [2]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < deadline
 
 
 def texts(asked: AskTexts, files: dict[str, bytes], tokenizer: str = "") -> AdapterTexts:
