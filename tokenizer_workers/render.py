@@ -7,6 +7,7 @@ results are MessagePack behind their length, over the socket FD; it ends when th
 
 import ctypes
 import functools
+import os
 import resource
 import signal
 import socket
@@ -72,6 +73,8 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
         messages, tools = chat_for(template, FORMATS[limits.tool_format], job)
         return template.render(messages, tools, job.options)
 
+    memory = os.open("/proc/self/statm", os.O_RDONLY)
+    plenty = (_address_space(memory) + nbytes) // 2
     while (body := receive(connection)) is not None:
         job = decoder.decode(body)
         signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -81,6 +84,13 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
             result = _result(rendered, job) or _failed("the chat template needs too much memory")
         signal.setitimer(signal.ITIMER_PROF, 0)
         send(connection, msgspec.msgpack.encode(result))
+        if _address_space(memory) > plenty:  # or there might be no room to take the next job
+            compiled.cache_clear()
+
+
+def _address_space(descriptor: int) -> int:
+    """Bytes, of /proc/self/statm: what RLIMIT_AS limits."""
+    return int(os.pread(descriptor, 64, 0).split()[0]) * resource.getpagesize()
 
 
 def _result(rendered: Callable[[Job], str], job: Job) -> Result | None:
