@@ -198,7 +198,7 @@ def bomb(suffix: str) -> bytes:
 
 
 def processes_of_the_loader(server: Server) -> list[psutil.Process]:
-    loader = psutil.Process(server.pids()["adapter_loader"])
+    loader = psutil.Process(server.pid("adapter_loader"))
     return [loader, *loader.children(recursive=True)]
 
 
