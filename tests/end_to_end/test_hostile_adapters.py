@@ -209,7 +209,7 @@ def peak_bytes(pid: int) -> int:
 
 
 def refused(place: Place, adapter: str, source: str = "local") -> str:
-    """Its sentence, once it is sure that it took little, and was counted once."""
+    """Its sentence, once it is sure that it took little, and was counted."""
     before = place.server.metric(LOADS)
     at_first = {}
     for process in processes_of_the_loader(place.server):
@@ -223,7 +223,8 @@ def refused(place: Place, adapter: str, source: str = "local") -> str:
     assert reply.status_code in (404, 422), reply.text
     for pid, nbytes in at_first.items():
         assert peak_bytes(pid) < nbytes + PEAK_BYTES
-    assert eventually(lambda: place.server.metric(LOADS) == before + 1)
+    # Once for the announcement, and again if that had failed before the prompt was tokenised.
+    assert eventually(lambda: place.server.metric(LOADS) in (before + 1, before + 2))
     message = str(reply.json()["error"]["message"])
     assert message.startswith(f"adapter {adapter}: ")
     assert message.isprintable()
@@ -286,6 +287,10 @@ def test_a_name_that_is_none_is_refused(place: Place, case: str) -> None:
 
 def test_every_refusal_is_a_line_of_the_log(place: Place) -> None:
     """Comes last."""
-    failed = [line for line in place.server.lines if "event=adapter_failed" in line]
-    assert len(failed) == place.server.metric(LOADS) - 1, "of `good` alone"
+
+    def lines() -> int:
+        return sum("event=adapter_failed" in line for line in place.server.lines)
+
+    assert eventually(lambda: lines() == place.server.metric(LOADS) - 1), "1 of `good`"
+    assert lines() >= len(LOCAL)
     assert "Traceback" not in place.server.output()
