@@ -106,10 +106,11 @@ class Inbox(Generic[M]):
                     received = self._socket.recv(zmq.NOBLOCK)
                 except zmq.Again:
                     break
-            if len(received) < _ENVELOPE.size:
-                log.error("event=message_refused bytes=%d reason='no envelope'", len(received))
-            elif self._outbox is None or self._is_for_us(received, messages, self._outbox):
-                self._decode(received, messages)
+            body = self._body(received)
+            if body is None:
+                continue
+            if self._outbox is None or self._is_for_us(received, messages, self._outbox):
+                messages += body
             elif self._next is not None:
                 break
         return messages
@@ -131,14 +132,17 @@ class Inbox(Generic[M]):
                 messages.append(cast(M, PeerStarted(*peer, again=bool(known))))
         return receiver in (0, outbox.number)
 
-    def _decode(self, received: bytes, messages: list[M]) -> None:
+    def _body(self, received: bytes) -> list[M] | None:
+        """The message, or nothing for a greeting; None for bytes that are neither. These are not
+        believed who has sent them either: whom they name would not be heard any more."""
         body = memoryview(received)[_ENVELOPE.size :]
-        if not body:
-            return  # a greeting
         try:
-            messages.append(self._decoder.decode(body))
+            if len(received) < _ENVELOPE.size:
+                raise msgspec.DecodeError("no envelope")
+            return [self._decoder.decode(body)] if body else []
         except NO_MESSAGE as error:
             log.error("event=message_refused bytes=%d reason=%a", len(body), str(error))
+            return None
 
     def close(self) -> None:
         """Nothing is received any more, and the socket file is gone."""

@@ -3,13 +3,16 @@
 import logging
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.channels import Inbox, Outbox
+from pipeline.channels import PROCESSES, Inbox, Outbox, address
+from pipeline.incarnation import Incarnation
 from pipeline.messages import Message, ProcessReady, Shutdown
 from tests.pipeline.test_messages import MEMBERS, UNIONS, instances
 
@@ -133,3 +136,33 @@ def test_a_message_that_was_cut_or_changed_is_a_line_or_a_message(
     ]
     received = assert_dropped_or_read(boxes, refusals, name, [*cuts, *changed])
     assert len(received) <= len(changed), "a part of a message was taken for one"
+
+
+def test_bytes_that_are_no_message_are_not_believed_who_has_sent_them(
+    tmp_path: Path, refusals: Refusals
+) -> None:
+    """Else whom they name by chance would not be heard any more."""
+    ours, theirs = (
+        Outbox(tmp_path, Incarnation(name, number=7)) for name in ("scheduler", "frontend")
+    )
+    inbox: Inbox[Message] = Inbox(tmp_path, "scheduler", 0, UNIONS["scheduler"], ours)
+    theirs.greet("scheduler")
+    theirs.heard_of(("scheduler", 0), 7)
+    theirs.send("scheduler", Shutdown("first"))
+    received: list[Message] = []
+    while Shutdown("first") not in received:
+        received += inbox.receive(WAIT_MS)
+    refusals.lines.clear()
+    sender = b"\xff" * 8 + (7).to_bytes(8, "little") + bytes([PROCESSES.index("frontend"), 0])
+    push: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+    with push:
+        push.connect(address(tmp_path, "scheduler"))
+        push.send(sender + b"\xc1 no message")
+        while not refusals.lines:
+            assert inbox.receive(100) == []
+        push.close(linger=WAIT_MS)
+    theirs.send("scheduler", Shutdown("last"))
+    assert inbox.receive(WAIT_MS) == [Shutdown("last")]
+    for box in (ours, theirs):
+        box.close(0)
+    inbox.close()
