@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 import psutil
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.adapter_loader.adapters import safetensors_bytes, tensor_name
 from tests.adapter_loader.web_server import Served, WebServer, web_server
@@ -91,7 +91,7 @@ def with_value(value: float) -> Callable[[Path], None]:
         path = folder / WEIGHTS
         tensors = load_file(path)
         next(iter(tensors.values()))[0, 0] = value
-        tiny.save_file(tensors, path)
+        save_file(tensors, path)
 
     return spoil
 
@@ -118,7 +118,7 @@ def pickled(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "adapter_model.bin")
 
 
-LOCAL: dict[str, tuple[Callable[[Path], None], str]] = {
+LOCAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (tiny.truncate, "truncated"),
     "a header of a million tensors": (with_header(many_tensors(1_000_000)), "header of"),
     "as many tensors as a header may have": (
@@ -130,7 +130,7 @@ LOCAL: dict[str, tuple[Callable[[Path], None], str]] = {
         "bad header",
     ),
     "a header that claims to be all": (
-        lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f" + b"{}") and None,
+        lambda folder: (folder / WEIGHTS).write_bytes(b"\xff" * 7 + b"\x7f" + b"{}"),
         "truncated",
     ),
     "overlapping": (with_header({A0: entry([2], 0, 8), B0: entry([1], 4, 8)}, 8), "overlap"),
@@ -156,7 +156,7 @@ LOCAL: dict[str, tuple[Callable[[Path], None], str]] = {
         "keys",
     ),
     "a config of nothing but depth": (
-        lambda folder: (folder / CONFIG).write_bytes(b'{"r":' * 200_000) and None,
+        lambda folder: (folder / CONFIG).write_bytes(b'{"r":' * 200_000),
         "not a JSON object",
     ),
     "an enormous file": (in_place_of(WEIGHTS, sparse), "at most"),
@@ -171,7 +171,7 @@ LOCAL: dict[str, tuple[Callable[[Path], None], str]] = {
     "a folder": (in_place_of(WEIGHTS, os.mkdir), "ordinary"),
     "a pickle": (pickled, "adapter_model.bin"),
     "a pickle in disguise": (
-        lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x02}q\x00." * 99) and None,
+        lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x02}q\x00." * 99),
         "not a safetensors file",
     ),
 }

@@ -148,7 +148,9 @@ def test_what_is_written_is_for_the_servers_user_alone(place: Place) -> None:
 
 
 def test_nothing_listens_beyond_the_http_port(place: Place) -> None:
-    tcp, others, unix = [], [], []
+    tcp: list[tuple[str, int]] = []
+    others: list[object] = []
+    unix: list[str] = []
     for process in processes_of(place.server):
         for socket in process.net_connections("all"):
             if socket.family == psutil.AF_LINK or not socket.laddr:

@@ -14,7 +14,7 @@ from lorax.types import Details, Response, StreamResponse, Token
 
 from pipeline.messages import FailureKind, FinishReason
 from tests.frontend.fakes import fails, failure, says
-from tests.frontend.test_clients import Running
+from tests.frontend.running import Running
 
 # lorax-client is written for an older pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore:The `dict` method is deprecated")

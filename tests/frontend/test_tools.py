@@ -22,7 +22,7 @@ from pipeline.messages import (
     Tools,
 )
 from tests.frontend.fakes import end, json_of, piece, streamed
-from tests.frontend.test_clients import Running
+from tests.frontend.running import Running
 from tests.frontend.test_openai import chat_prompt, error_of_chat
 
 PARAMETERS = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
