@@ -20,6 +20,7 @@ from starlette.applications import Starlette
 
 from frontend.app import make_administration, make_app
 from frontend.commands import Commands
+from frontend.connections import bound_kernel_buffers, connections
 from frontend.downstream import Downstream
 from frontend.processes import Processes
 from frontend.tracing import make_tracing
@@ -73,6 +74,7 @@ def listen(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings.frontends > 1:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound_kernel_buffers(listener)
         listener.bind(place)
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -137,7 +139,7 @@ async def serve(
     beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
-    server = Server(server_config(app))
+    server = Server(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     log.info("event=draining in_flight=%d", downstream.admission.in_flight)
@@ -199,10 +201,10 @@ class Server(uvicorn.Server):
         yield
 
 
-def server_config(app: Starlette) -> uvicorn.Config:
+def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http="httptools",
+        http=connections(settings.slow_reader_seconds),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -266,6 +266,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20
     )
+    slow_reader_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="time in which a client takes 8 KiB of what waits for it, or is cut off, "
+            "seconds",
+        ),
+    ] = 30.0
     frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes")] = 1
     tokenizer_workers: Annotated[int, Meta(ge=1, le=64, description="tokenizer processes")] = 1
     drain_seconds: Annotated[

@@ -34,7 +34,7 @@ class Running:
 
     async def _serve(self, listener: socket.socket) -> None:
         self.backend = Backend(max_body_bytes=10_000)
-        self._server = Server(server_config(self.backend.app))
+        self._server = Server(server_config(self.backend.app, self.backend.settings))
         self._made.set()
         await self._server.serve(sockets=[listener])
 

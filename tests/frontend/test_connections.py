@@ -1,0 +1,138 @@
+"""Clients that read slowly, over sockets: nobody waits for them, and there is a bound."""
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterable, Iterator
+
+import httpx
+import pytest
+
+from frontend.__main__ import Server, listen, server_config
+from frontend.metrics import SLOW_READERS
+from pipeline.messages import Cancel, Pieces, Prompt
+from tests.frontend.fakes import Backend, end, piece, says, settings
+
+BOUND = 0.3  # seconds
+LONG = "long " * 200_000  # more than all buffers between us and a client hold
+PATH = "/v1/completions"
+
+
+class Running:
+    """A server in a thread of its own, with everything behind it faked."""
+
+    def __init__(self) -> None:
+        self._listener = listen(settings(port=0))
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.backend: Backend
+        self._server: Server
+        self._made = threading.Event()
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),))
+        self._thread.start()
+        assert self._made.wait(10)
+
+    async def _serve(self) -> None:
+        self.backend = Backend(slow_reader_seconds=BOUND)
+        self._server = Server(server_config(self.backend.app, self.backend.settings))
+        self._made.set()
+        await self._server.serve(sockets=[self._listener])
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def ask(self, *, stream: bool) -> socket.socket:
+        """A connection that has asked for a completion and reads nothing by itself.
+
+        Its own buffer is small, as that of a client who means it.
+        """
+        body = json.dumps({"model": "", "prompt": "Hi", "stream": stream}).encode()
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", self.port))
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+        )
+        return connection
+
+    def answer(self, text: str = "Hello") -> str:
+        """What another client is answered meanwhile."""
+        self.backend.answer = says(text)
+        reply = httpx.post(self.url + PATH, json={"model": "", "prompt": "Ho"}, timeout=20)
+        return str(reply.json()["choices"][0]["text"])
+
+
+@pytest.fixture
+def server() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.stop()
+
+
+def endless(prompt: Prompt) -> Iterable[Pieces]:
+    """Too much for a client that does not read, without an end."""
+    for _ in range(2):
+        yield Pieces([piece(LONG, prompt.request_id)])
+
+
+def whole(prompt: Prompt) -> Iterable[Pieces]:
+    yield Pieces([piece(LONG, prompt.request_id)], (end(prompt.request_id),))
+
+
+def is_reset(connection: socket.socket, one_by_one: bool) -> bool:
+    """Read to the end, or a byte now and then; whether the server has cut it off."""
+    pause = threading.Event()  # never set: time passes
+    try:
+        while connection.recv(1 if one_by_one else 1 << 16):
+            if one_by_one:
+                pause.wait(0.01)
+    except ConnectionResetError:
+        return True
+    return False
+
+
+def test_a_stream_that_is_read_by_the_byte_is_cut_off_and_cancelled(server: Running) -> None:
+    before = SLOW_READERS._value.get()
+    server.backend.answer = endless
+    with server.ask(stream=True) as connection:
+        assert is_reset(connection, one_by_one=True)
+    assert server.backend.seen[Cancel].wait(10)
+    assert server.answer() == "Hello"
+    assert server.backend.downstream.admission.in_flight == 0
+    assert SLOW_READERS._value.get() == before + 1
+
+
+def test_what_is_left_of_a_complete_reply_is_not_kept_for_ever(server: Running) -> None:
+    before = SLOW_READERS._value.get()
+    server.backend.answer = whole
+    with server.ask(stream=False) as connection:
+        assert is_reset(connection, one_by_one=True)
+    assert SLOW_READERS._value.get() == before + 1
+    assert server.backend.cancelled() == []
+
+
+def test_others_are_answered_while_somebody_does_not_read(server: Running) -> None:
+    server.backend.answer = endless
+    slow = [server.ask(stream=True) for _ in range(8)]
+    assert server.backend.seen[Prompt].wait(10)
+    assert server.answer("others") == "others"
+    for connection in slow:
+        connection.close()
+
+
+def test_one_who_reads_slowly_but_enough_has_it_all(server: Running) -> None:
+    server.backend.answer = whole
+    with server.ask(stream=False) as connection:
+        received = 0
+        pause = threading.Event()  # never set: time passes
+        while data := connection.recv(1 << 15):
+            received += len(data)
+            pause.wait(0.03)  # about 1 MB/s: many times the least, for longer than BOUND
+            if received > len(LONG):
+                break
+    assert received > len(LONG)
