@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from frontend import metrics
 
 LEAST_BYTES = 8192  # to take in slow_reader_seconds, or all that waits
-KERNEL_BYTES = 128 << 10  # that the kernel holds of a connection and has not sent
+KERNEL_BYTES = 16 << 10  # not sent yet: it takes more when half of that has gone, LEAST_BYTES
 AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 seconds
 
 log = logging.getLogger(__name__)
