@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,26 +15,39 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from adapter_loader.checkpoint import DTYPES, BaseModel
 from adapter_loader.core import Answer, Core, Discard, StartFetch, StartPack
 from adapter_loader.enabled_sources import enabled_sources
-from adapter_loader.loading import Checked, Unchanged, fetch_and_check, guarded, pack_checked
+from adapter_loader.loading import (
+    Checked,
+    Unchanged,
+    fetch_and_check,
+    guarded,
+    pack_checked,
+    texts_or_failure,
+)
 from adapter_loader.metrics import LOADS, ArenaCollector
 from adapter_loader.packing_processes import Nursery, PackingProcesses
 from adapter_loader.refusals import failure, invalid
 from adapter_loader.sources import Source
+from adapter_loader.text_questions import StartTexts, TextQuestions
+from adapter_loader.texts import Texts
 from adapter_loader.traces import LoadTraces
 from adapter_loader.workers import Workers
 from pipeline.arena import arena_path, create
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
     ArenaReady,
+    AskTexts,
     Failure,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
+    PeerStarted,
     ProcessReady,
     ReleaseAdapter,
     Shutdown,
@@ -64,8 +78,13 @@ class Loader:
         packing: PackingProcesses,
         inbox: Inbox[ToAdapterLoader],
         outbox: Outbox,
+        incarnation: Incarnation,
     ) -> None:
         self._settings = settings
+        self._incarnation = incarnation
+        nbytes = settings.arena_bytes
+        self._arena_ready = ArenaReady(str(arena_path(settings.run_folder())), nbytes)
+        self._ready = ProcessReady(PROCESS, incarnation.index, {"arena_bytes": nbytes})
         self._base = base
         self._sources = sources
         self._packing = packing
@@ -75,6 +94,9 @@ class Loader:
             arena_bytes=settings.arena_bytes,
             load_seconds=settings.adapter_load_seconds,
             remember_seconds=settings.failed_load_seconds,
+        )
+        self._texts = TextQuestions(
+            workers=settings.tokenizer_workers, remember_seconds=settings.failed_load_seconds
         )
         REGISTRY.register(ArenaCollector(self._core))
         self._traces = LoadTraces()
@@ -90,6 +112,7 @@ class Loader:
         self._loop.set_exception_handler(self._stop_broken)
         self._inbox.watch(self._loop, self._on_message)
         self._report_stats()
+        self._beat()
         try:
             self._loop.run_forever()
         finally:
@@ -109,12 +132,38 @@ class Loader:
                     log.warning("event=unknown_lease adapter=%a", message.adapter.id)
             case ForgetAdapter():
                 self._core.forget(message)
+                self._texts.forget(message.adapter)
+            case AskTexts():
+                self._texts.ask(message, self._loop.time())
+            case Leased():
+                self._core.leased(message)
+            case PeerStarted():
+                self._peer_started(message)
             case Shutdown():
                 self._loop.stop()
                 return
             case _:
                 assert_never(message)
         self._act()
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Another scheduler has nothing of what its predecessor had; others are told who we are."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        if message.process == "scheduler":
+            self._core.start_over()
+            self._outbox.send("scheduler", self._arena_ready)
+        elif message.process == "frontend":
+            self._outbox.send("frontend", self._ready, message.index)
+
+    def announce(self) -> None:
+        """Loads may come."""
+        self._outbox.greet("scheduler")
+        self._outbox.greet("tokenizer_workers", self._settings.tokenizer_workers)
+        self._outbox.greet("frontend", self._settings.frontends)
+        self._outbox.send("scheduler", self._arena_ready)
+        for frontend in range(self._settings.frontends):
+            self._outbox.send("frontend", self._ready, frontend)
 
     def _act(self) -> None:
         """Do what the core says, and wake it when its next deadline passes."""
@@ -130,6 +179,7 @@ class Loader:
                     assert_never(action)
         for answer in self._core.take_outbox():
             self._send(answer)
+        self._act_on_texts()
         if self._deadline is not None:
             self._deadline.cancel()
         deadline = self._core.next_deadline()
@@ -144,10 +194,38 @@ class Loader:
             self._loop.call_soon(self._on_fetched, key, failure(key, error))
             return
         fetch = partial(fetch_and_check, key, action.token, action.known, source, self._base)
-        lane = source.lane(origin)
-        if lane not in self._fetchers:
-            self._fetchers[lane] = Workers(f"fetch-{lane}", self._settings.loader_threads)
-        self._fetchers[lane].submit(partial(self._run_job, key, fetch, self._on_fetched))
+        lane = self._lane(source.lane(origin))
+        lane.submit(partial(self._run_job, key, fetch, self._on_fetched))
+
+    def _act_on_texts(self) -> None:
+        for action in self._texts.take_actions():
+            source = self._sources.get(action.key.source)
+            lane = action.key.source if source is None else source.lane(action.key)
+            self._lane(f"texts of {lane}").submit(partial(self._read_texts, action, source))
+        for to in self._texts.take_outbox():
+            self._outbox.send("tokenizer_workers", to.message, to.worker)
+
+    def _read_texts(self, action: StartTexts, source: Source | None) -> None:
+        """In a worker thread."""
+        result = texts_or_failure(action.key, action.token, action.known, source)
+        try:
+            self._loop.call_soon_threadsafe(self._on_texts, action, result)
+        except RuntimeError:
+            log.info("event=texts_abandoned adapter=%a", action.key.id)  # the loop is closed
+
+    def _on_texts(self, action: StartTexts, result: Texts | Failure | None) -> None:
+        if isinstance(result, Failure):
+            log.info("event=texts_failed adapter=%a reason=%a", action.key.id, result.message)
+            self._texts.failed(action.number, result, self._loop.time())
+        else:
+            self._texts.fetched(action.number, result)
+        self._act_on_texts()
+
+    def _lane(self, name: str) -> Workers:
+        """Its threads, made when it is first used."""
+        if name not in self._fetchers:
+            self._fetchers[name] = Workers(f"fetch-{name}", self._settings.loader_threads)
+        return self._fetchers[name]
 
     def _start_pack(self, action: StartPack) -> None:
         into = partial(self._packing.pack, offset=action.offset)
@@ -223,6 +301,11 @@ class Loader:
             self._outbox.send("frontend", Stats(PROCESS, 0, snapshot()), index)
         self._loop.call_later(self._settings.stats_seconds, self._report_stats)
 
+    def _beat(self) -> None:
+        self._incarnation.beat()
+        if self._incarnation.beat_seconds < math.inf:
+            self._loop.call_later(self._incarnation.beat_seconds, self._beat)
+
     def _stop_broken(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self._broken = context.get("exception") or RuntimeError(context["message"])
         loop.stop()
@@ -237,7 +320,7 @@ def base_model(settings: Settings) -> BaseModel:
     return BaseModel(config.layers, config.module_shapes(), dtype)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     torch.set_num_threads(1)
     nursery = Nursery()  # before there are threads
     disable_progress_bars()
@@ -246,8 +329,10 @@ def main(settings: Settings, index: int) -> None:
     sources = enabled_sources(settings)
     path = arena_path(folder)
     create(path, settings.arena_bytes)
-    inbox: Inbox[ToAdapterLoader] = Inbox(folder, PROCESS, index, ToAdapterLoader)
-    outbox = Outbox(folder)
+    outbox = Outbox(folder, incarnation)
+    inbox: Inbox[ToAdapterLoader] = Inbox(
+        folder, PROCESS, incarnation.index, ToAdapterLoader, outbox
+    )
     try:
         loader = Loader(
             settings=settings,
@@ -258,15 +343,13 @@ def main(settings: Settings, index: int) -> None:
             ),
             inbox=inbox,
             outbox=outbox,
+            incarnation=incarnation,
         )
-        outbox.send("scheduler", ArenaReady(str(path), settings.arena_bytes))
-        for frontend in range(settings.frontends):
-            facts: dict[str, str | int | float | None] = {"arena_bytes": settings.arena_bytes}
-            outbox.send("frontend", ProcessReady(PROCESS, index, facts), frontend)
+        loader.announce()
         gc.freeze()  # else each full collection looks at all of torch, with the lock of all threads
         loader.run()
+        path.unlink()  # one that dies leaves it to its successor
     finally:
-        path.unlink(missing_ok=True)
         inbox.close()
         outbox.close()
         nursery.close()

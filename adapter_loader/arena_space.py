@@ -51,6 +51,18 @@ class ArenaSpace:
         self.used_bytes += size
         return Allocation(offset, tuple(evicted))
 
+    def take(self, offset: int, nbytes: int) -> None:
+        """Lease an extent that somebody uses already; nothing else may lie there."""
+        end = offset + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        at = bisect_left(self._offsets, offset)
+        before = self._extents[self._offsets[at - 1]].end if at else 0
+        after = self._offsets[at] if at < len(self._offsets) else self.capacity
+        if offset % ALIGNMENT or not before <= offset < end <= after:
+            raise ValueError(f"the extent from {offset} to {end} is not free")
+        self._extents[offset] = _Extent(end, leases=1)
+        self._offsets.insert(at, offset)
+        self.used_bytes += end - offset
+
     def lease(self, offset: int) -> None:
         self._extents[offset].leases += 1
         self._idle.pop(offset, None)

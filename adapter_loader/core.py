@@ -25,6 +25,7 @@ from pipeline.messages import (
     AdapterStaged,
     Failure,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -130,6 +131,31 @@ class Core:
             identity = None if known is None else self._staged[known].identity
             self._actions.append(StartFetch(key, message.adapter_token, identity))
         fetch.deadlines.append(now + self._load_seconds)
+
+    def leased(self, message: Leased) -> None:
+        """Keep what the scheduler has from a predecessor until its leases have come back. What it
+        is worth is not known, so it is of no use to loads."""
+        for lease in message.leases:
+            self._space.take(lease.arena_offset, lease.nbytes)
+            self._staged[lease.arena_offset] = _Staged(
+                lease.adapter, "", (), lease.nbytes, b"", leases=1
+            )
+
+    def start_over(self) -> None:
+        """For another scheduler: it has leased nothing, and waits for nothing. What is under way
+        may serve it."""
+        for offset, staged in list(self._staged.items()):
+            while staged.leases:
+                staged.leases -= 1
+                self._give_back(offset)
+        for key, fetch in list(self._fetches.items()):
+            fetch.deadlines.clear()
+            if key in self._waiting:
+                self._waiting.remove(key)
+                del self._fetches[key]
+                self._actions.append(Discard(key))
+        self._forgetting.clear()
+        self._outbox.clear()
 
     def release(self, message: ReleaseAdapter) -> bool:
         """Take a lease back; False when there is no such lease."""

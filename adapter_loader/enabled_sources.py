@@ -9,6 +9,8 @@ from adapter_loader.remote.http_client import HttpClient, Limits
 from adapter_loader.remote.last_seen import LastSeen
 from adapter_loader.remote.origins import Origin, named_origin, origin_of
 from adapter_loader.remote.retries import Retries
+from adapter_loader.remote.text_cache import TextCache
+from adapter_loader.remote.text_downloads import TextDownloads
 from adapter_loader.sources import Source
 from adapter_loader.sources.hub import HubSource
 from adapter_loader.sources.local import LocalSource
@@ -32,12 +34,14 @@ def enabled_sources(settings: Settings) -> dict[str, Source]:
         retries=retries,
         max_adapter_bytes=settings.max_adapter_bytes,
     )
+    texts = TextDownloads(client=client, downloads=downloads, cache=TextCache(caches / "texts"))
     sources: dict[str, Source] = {
         "local": LocalSource(
             roots=settings.adapter_roots(), max_adapter_bytes=settings.max_adapter_bytes
         ),
         "hub": HubSource(
             downloads=downloads,
+            texts=texts,
             max_adapter_bytes=settings.max_adapter_bytes,
             share_token=settings.share_hub_token,
             stall_seconds=settings.source_stall_seconds,
@@ -45,14 +49,18 @@ def enabled_sources(settings: Settings) -> dict[str, Source]:
         ),
     }
     if settings.http_host:
-        sources["http"] = HttpSource(named=named, client=client, downloads=downloads)
+        sources["http"] = HttpSource(named=named, client=client, downloads=downloads, texts=texts)
     if settings.s3_bucket or settings.pbase_gateway:
-        sources.update(_stores(settings, limits, client, downloads))
+        sources.update(_stores(settings, limits, client, downloads, texts))
     return sources
 
 
 def _stores(
-    settings: Settings, limits: Limits, client: HttpClient, downloads: Downloads
+    settings: Settings,
+    limits: Limits,
+    client: HttpClient,
+    downloads: Downloads,
+    texts: TextDownloads,
 ) -> dict[str, Source]:
     """Those whose adapters lie in S3."""
     # Deferred: botocore takes a third of a second to import, and most servers have no use for it.
@@ -62,7 +70,7 @@ def _stores(
     sources: dict[str, Source] = {}
     _check_url("s3_endpoint", settings.s3_endpoint)
     _check_url("pbase_gateway", settings.pbase_gateway)
-    store = S3Store(endpoint=settings.s3_endpoint, limits=limits, downloads=downloads)
+    store = S3Store(endpoint=settings.s3_endpoint, limits=limits, downloads=downloads, texts=texts)
     if settings.s3_bucket:
         sources["s3"] = S3Source(buckets=settings.s3_bucket, store=store)
     if settings.pbase_gateway:

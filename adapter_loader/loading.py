@@ -11,10 +11,12 @@ from prometheus_client import Histogram
 
 from adapter_loader.checkpoint import BaseModel, Modules, check
 from adapter_loader.merged_checkpoint import MergePlan, pack_merge, plan_merge
+from adapter_loader.ordinary_files import Identity
 from adapter_loader.packing import Plan, pack, plan
 from adapter_loader.peft_config import parse_peft_config
-from adapter_loader.refusals import failure, unavailable
-from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, Identity, Source
+from adapter_loader.refusals import failure, invalid, unavailable
+from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, Source
+from adapter_loader.texts import Texts
 from pipeline.errors import RequestError
 from pipeline.messages import AdapterKey, Failure, FailureKind
 from pipeline.metrics import REGISTRY
@@ -112,6 +114,24 @@ def guarded(key: AdapterKey, job: Callable[[], T]) -> T | Failure:
     except Exception:
         log.exception("event=adapter_load_broken adapter=%a", key.id)
         return Failure(500, FailureKind.INTERNAL, f"adapter {key.id}: loading it failed")
+
+
+def texts_or_failure(
+    key: AdapterKey, token: str | None, known: str, source: Source | None
+) -> Texts | Failure | None:
+    """What lies beside the weights for tokenizers, see Source, or why that cannot be had; unlike
+    that of a load, the reason does not begin with the adapter's id."""
+    if source is None:
+        error = invalid(f"the source {key.source} is off")
+        return Failure(error.status, FailureKind(error.kind), error.message)
+    try:
+        with _timed(key, "texts"):
+            return source.texts(key, token, known)
+    except RequestError as error:
+        return Failure(error.status, FailureKind(error.kind), error.message)
+    except Exception:
+        log.exception("event=adapter_texts_broken adapter=%a", key.id)
+        return Failure(500, FailureKind.INTERNAL, "reading its tokenizer files failed")
 
 
 def _check(files: AdapterFiles, base: BaseModel) -> Modules:

@@ -31,6 +31,7 @@ from benchmarks.harness import ADAPTERS, Scene, prepare
 from benchmarks.machine import commit, machine
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -70,6 +71,9 @@ class Loader:
         self._scheduler = Inbox[ToScheduler](run_dir, "scheduler", 0, ToScheduler)
         self._frontend = Inbox[ToFrontend](run_dir, "frontend", 0, ToFrontend)
         self._outbox = Outbox(run_dir)
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in ("scheduler", "frontend")]
+        for peer in self._peers:  # who is not known, is told nothing
+            peer.greet(PROCESS)
         self._log = folder / "loader.log"
         self._process = start_process(PROCESS, settings, self._log)
         while not any(isinstance(message, ArenaReady) for message in self._receive()):
@@ -106,7 +110,8 @@ class Loader:
     def close(self) -> None:
         self._outbox.send(PROCESS, Shutdown("scheduler"))
         self._process.wait()
-        self._outbox.close(0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(0)
         self._scheduler.close()
         self._frontend.close()
 

@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 from pipeline.arena import arena_path
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import PREFIX, Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterKey,
     Cancel,
+    EndsHeard,
     Finished,
     FinishReason,
     Prefetch,
@@ -133,6 +135,11 @@ class Engine:
         self._frontend = Inbox[ToFrontend](run_dir, "frontend", 0, ToFrontend)
         self._tokens = Inbox[ToTokenizerWorker](run_dir, "tokenizer_workers", 0, ToTokenizerWorker)
         self._outbox = Outbox(run_dir)
+        peers = ("frontend", "tokenizer_workers")
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in peers]
+        for peer in self._peers:  # who is not known, is told nothing
+            for name in PROCESSES:
+                peer.greet(name)
         start = time.monotonic()
         try:
             for name in PROCESSES:
@@ -191,6 +198,9 @@ class Engine:
             for request_id in message.request_ids:
                 if request_id in self._replies:  # else it was cancelled
                     self._replies[request_id].times.append(now)
+            if message.finished:
+                heard = [finished.request_id for finished in message.finished]
+                self._outbox.send("scheduler", EndsHeard(heard))
             for finished in message.finished:
                 reply = self._replies.pop(finished.request_id, None)
                 if reply is not None:
@@ -303,7 +313,8 @@ class Engine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._outbox.close(0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(0)
         self._tokens.close()
         self._frontend.close()
         arena_path(self.settings.run_folder()).unlink(missing_ok=True)

@@ -14,9 +14,11 @@ from functools import partial
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
+    PeerStarted,
     PlaceAdapter,
     ProcessReady,
     Shutdown,
@@ -63,10 +65,13 @@ class InstantWorker:
         )
 
 
-def main(settings: Settings, index: int, *, step_seconds: float) -> None:
+def main(settings: Settings, incarnation: Incarnation, *, step_seconds: float) -> None:
+    index = incarnation.index
     run_dir = settings.run_folder()
-    inbox: Inbox[ToGpuWorker] = Inbox(run_dir, NAME, index, ToGpuWorker)
-    outbox = Outbox(run_dir)
+    outbox = Outbox(run_dir, incarnation)
+    inbox: Inbox[ToGpuWorker] = Inbox(run_dir, NAME, index, ToGpuWorker, outbox)
+    outbox.greet("scheduler")
+    outbox.greet("frontend", settings.frontends)
     ready = WorkerReady(
         kv_blocks=KV_BLOCKS,
         block_tokens=settings.kv_block_tokens or 16,
@@ -92,8 +97,8 @@ def main(settings: Settings, index: int, *, step_seconds: float) -> None:
                     outbox.send("scheduler", AdapterPlaced(message.copy.slot))
                 case Shutdown():
                     working = False
-                case AttachArena():
-                    pass  # no adapter is ever read
+                case AttachArena() | PeerStarted():
+                    pass  # no adapter is ever read, and nobody starts again
     print(f"steps={worker.steps}", flush=True)
     outbox.close()
     inbox.close()

@@ -28,6 +28,7 @@ from pipeline.messages import (
     AdapterPlaced,
     AdapterStaged,
     ArenaReady,
+    EndsHeard,
     LoadAdapter,
     PlaceAdapter,
     Step,
@@ -142,13 +143,15 @@ class Loop:
             sampled = self._rows.apply(one).sampled
             tokens = array("i", [TOKEN] * sampled).tobytes()
             self._steps.append(StepDone(one.step_id, tokens))
-        ended = 0
+        ended: list[int] = []
         for _, _, message in outbox:
             if isinstance(message, LoadAdapter):
                 self._loads.append(message.adapter)
             elif isinstance(message, Tokens):
-                ended += len(message.finished)
-        self._submit(ended)
+                ended += [one.request_id for one in message.finished]
+        if ended:
+            self._core.ends_heard(EndsHeard(ended), self._now)
+        self._submit(len(ended))
 
     def _submit(self, count: int) -> None:
         """As many as have ended, of ten tenants."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -28,11 +29,14 @@ from pipeline.adapter_roots import find_local
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterList,
     AdminDone,
     Aliases,
+    PeerStarted,
     Pieces,
+    ProcessDied,
     ProcessReady,
     PromptDetails,
     Spans,
@@ -53,12 +57,13 @@ EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # listened on -> reache
 log = logging.getLogger(__name__)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
+    index = incarnation.index
     listener = listen(settings)
-    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox: Inbox[ToFrontend] = Inbox(settings.run_folder(), PROCESS, index, ToFrontend, outbox)
     try:
-        uvloop.run(serve(settings, index, listener, inbox, outbox))
+        uvloop.run(serve(settings, incarnation, listener, inbox, outbox))
     finally:
         outbox.close()
         inbox.close()
@@ -88,12 +93,13 @@ def listen(settings: Settings) -> socket.socket:
 
 async def serve(
     settings: Settings,
-    index: int,
+    incarnation: Incarnation,
     listener: socket.socket,
     inbox: Inbox[ToFrontend],
     outbox: Outbox,
 ) -> None:
     """Serve until SIGTERM has come and all is drained."""
+    index = incarnation.index
     loop = asyncio.get_running_loop()
     processes = Processes(settings)
     downstream = Downstream(settings, index, outbox.send)
@@ -111,6 +117,26 @@ async def serve(
         tracing=tracing,
     )
 
+    was_ready = False
+
+    def everybody_is_ready() -> None:
+        nonlocal was_ready
+        if was_ready:
+            log.info("event=ready_again")
+        elif index == 0:
+            print(ready_line(settings, listener), flush=True)
+        was_ready = True
+
+    def peer_started(message: PeerStarted) -> None:
+        processes.died(message.process, message.index)
+        if message.process == "tokenizer_workers":
+            downstream.worker_started(message.index)
+        if message.process == "scheduler":
+            downstream.scheduler_started()
+            commands.scheduler_started()
+            if index == 0:
+                beside.append(asyncio.create_task(administration.preload()))
+
     def receive(message: ToFrontend) -> None:
         match message:
             case Pieces():
@@ -125,8 +151,17 @@ async def serve(
                 if tracing is not None:
                     tracing.record(message)
             case ProcessReady():
-                if processes.ready(message) and index == 0:
-                    print(ready_line(settings, listener), flush=True)
+                if processes.ready(message):
+                    everybody_is_ready()
+            case ProcessDied():
+                peer = (message.process, message.index)
+                if outbox.known(peer) <= message.number:  # else its successor has come already
+                    processes.died(*peer, message.cause)
+                    if message.process == "tokenizer_workers":
+                        downstream.admission.worker_died(message.index)
+            case PeerStarted():
+                if message.again:
+                    peer_started(message)
             case Aliases():
                 downstream.aliases.replace(message)
             case AdminDone() | AdapterList():
@@ -135,10 +170,14 @@ async def serve(
                 assert_never(message)
 
     asked_to_stop = _on_sigterm(loop)
-    inbox.watch(loop, receive)
-    beside = [asyncio.create_task(_report_to_others(settings, index, outbox))]
+    beside = [
+        asyncio.create_task(_report_to_others(settings, index, outbox)),
+        asyncio.create_task(_live(incarnation)),
+    ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
+inbox.watch(loop, receive)
+    greet(settings, outbox)
     server = Server(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -151,6 +190,14 @@ async def serve(
     await serving
     if tracing is not None:
         await asyncio.to_thread(tracing.close)
+
+
+def greet(settings: Settings, outbox: Outbox) -> None:
+    """Whoever had to do with a predecessor of this frontend starts over, and says what it is."""
+    outbox.greet("tokenizer_workers", settings.tokenizer_workers)
+    for process in ("scheduler", "gpu_worker", "adapter_loader"):
+        outbox.greet(process)
+    outbox.greet(PROCESS, settings.frontends)
 
 
 def ready_line(settings: Settings, listener: socket.socket) -> str:
@@ -193,6 +240,14 @@ async def _report_to_others(settings: Settings, index: int, outbox: Outbox) -> N
             outbox.send(PROCESS, Stats(PROCESS, index, snapshot()), other)
 
 
+async def _live(incarnation: Incarnation) -> None:
+    """Give signs of life."""
+    incarnation.beat()
+    while incarnation.beat_seconds < math.inf:
+        await asyncio.sleep(incarnation.beat_seconds)
+        incarnation.beat()
+
+
 class Server(uvicorn.Server):
     """Signals are ours: uvicorn would stop listening on the first, while we still say 503."""
 
@@ -219,4 +274,4 @@ def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
 
 
 if __name__ == "__main__":
-    run(PROCESS, main, count=lambda settings: settings.frontends)
+    run(PROCESS, main)

@@ -14,6 +14,7 @@ class Admission:
     def __init__(self, *, places: int, workers: int) -> None:
         self._places = places
         self._in_flight_of = [0] * workers
+        self._away: set[int] = set()  # workers that have died and are not back
         self._draining = False
 
     @property
@@ -34,7 +35,8 @@ class Admission:
             raise RequestError(503, FailureKind.SHUTDOWN, "The server is shutting down")
 
     def enter(self) -> int:
-        """Take a place; gives the tokenizer worker with the least to do. Raises RequestError."""
+        """Take a place; gives the tokenizer worker with the least to do, of those that live if any
+        do. Raises RequestError."""
         self.check_open()
         if self.in_flight >= self._places:
             raise RequestError(
@@ -42,9 +44,17 @@ class Admission:
                 FailureKind.OVERLOADED,
                 f"The server has {self._places} requests in flight and takes no more",
             )
-        worker = self._in_flight_of.index(min(self._in_flight_of))
+        workers = range(len(self._in_flight_of))
+        worker = min(workers, key=lambda one: (one in self._away, self._in_flight_of[one]))
         self._in_flight_of[worker] += 1
         return worker
+
+    def worker_died(self, worker: int) -> None:
+        """Who is given to it waits until it is back."""
+        self._away.add(worker)
+
+    def worker_started(self, worker: int) -> None:
+        self._away.discard(worker)
 
     def leave(self, worker: int) -> None:
         """Give back the place that enter gave."""

@@ -14,11 +14,14 @@ from pipeline.messages import AdapterKey
 class Aliases:
     """The names, as one frontend knows them.
 
-    taken  called with a version once it is taken; versions in order
+    taken     called with a version once it is taken; versions in order
+    frontend  its index
     """
 
-    def __init__(self, taken: Callable[[int], None]) -> None:
+    def __init__(self, taken: Callable[[int], None], frontend: int = 0) -> None:
         self._taken = taken
+        self._frontend = frontend
+        self._version = 0  # the latest
         self._key_of: dict[str, AdapterKey] = {}
         self._adapters_of: dict[int, frozenset[AdapterKey]] = {}  # request in flight -> its parts
         self._waiting: dict[int, set[int]] = {}  # version -> requests it waits for
@@ -35,10 +38,19 @@ class Aliases:
         now = {name: key.public for name, key in message.names.items()}
         lost = {key.public for name, key in self._key_of.items() if now.get(name) != key.public}
         self._key_of = dict(message.names)
+        self._version = message.version
         self._waiting[message.version] = {
             request_id for request_id, parts in self._adapters_of.items() if parts & lost
         }
         self._tell()
+
+    def scheduler_started(self) -> messages.NamesKept | None:
+        """Another incarnation, which is told these names, and waits for no version; None if there
+        never were any."""
+        self._waiting.clear()
+        if not self._version:
+            return None
+        return messages.NamesKept(self._version, self._key_of, self._frontend)
 
     def began(self, request_id: int, adapter: AdapterKey) -> None:
         """A request with this adapter is in flight until it has `ended`."""

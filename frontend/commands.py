@@ -13,6 +13,7 @@ from pipeline.messages import (
     AdapterList,
     AdminCommand,
     AdminDone,
+    FailureKind,
     ListAdapters,
 )
 
@@ -44,6 +45,18 @@ class Commands:
 
     async def list(self) -> tuple[AdapterDescription, ...]:
         return cast(AdapterList, await self._ask(ListAdapters(0, 0))).adapters
+
+    def scheduler_started(self) -> None:
+        """Another incarnation, which answers nothing that the one before was asked."""
+        for waiting in self._open.values():
+            if not waiting.done():
+                waiting.set_exception(
+                    RequestError(
+                        503,
+                        FailureKind.INTERNAL,
+                        "The scheduler died before this was done; it may have been, or in part",
+                    )
+                )
 
     def answer(self, message: AdminDone | AdapterList) -> None:
         waiting = self._open.get(message.command_id)

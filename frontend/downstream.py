@@ -1,6 +1,7 @@
 """Sends requests on their way, and hands each task what comes back for its request."""
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,12 +10,13 @@ from itertools import islice
 
 import msgspec
 
-from frontend import deadlines
+from frontend import deadlines, metrics
 from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.calls import Part
 from frontend.deadlines import Deadline
 from frontend.exchange import ClientGone
+from frontend.open_prompts import OpenPrompts
 from frontend.questions import Questions
 from frontend.streams import Stream, Streams
 from pipeline.choices import request_ids
@@ -23,6 +25,7 @@ from pipeline.messages import (
     REQUEST_BITS,
     AliasesTaken,
     Cancel,
+    EndsHeard,
     Failure,
     FailureKind,
     Message,
@@ -31,12 +34,15 @@ from pipeline.messages import (
     Prompt,
     PromptDetails,
     Shutdown,
+    StillOpen,
     Tokenized,
 )
 
 KEEP_ALIVE_SECONDS = 15.0
 LAST_WORDS_SECONDS = 1.0  # to send the ends of what the drain cut off
 CUT_OFF = Failure(503, FailureKind.SHUTDOWN, "The server shut down before the reply was complete")
+
+log = logging.getLogger(__name__)
 
 SendTo = Callable[[str, Message, int], None]  # process, message, index
 
@@ -68,6 +74,7 @@ class Reply:
             self._timer = self._loop.call_later(keep_alive_seconds, self._check_quiet)
         self._deadline: asyncio.TimerHandle | None = None
         self._streamed = bool(keep_alive_seconds)
+        self.choices_of: dict[int, list[Stream]] = {}  # by prompt
         self.streams: list[Stream] = []  # by choice
         self._told: list[Stream] = []  # by choice, whose stream is told of its prompt
         wake = self._wake if send_next is None else self._one_has_ended
@@ -76,6 +83,7 @@ class Reply:
                 streams.open(request_id, wake=wake, streamed=self._streamed)
                 for request_id in request_ids(prompt.request_id, prompt.choices)
             ]
+            self.choices_of[prompt.request_id] = own
             self.streams += own
             self._told += own[:1] * len(own)
         self._only = self.streams[0] if len(self.streams) == 1 else None
@@ -174,21 +182,47 @@ class Downstream:
             places=max(1, settings.max_concurrent_requests // settings.frontends),
             workers=settings.tokenizer_workers,
         )
-        self.aliases = Aliases(lambda version: send("scheduler", AliasesTaken(version, index), 0))
+        self.aliases = Aliases(
+            lambda version: send("scheduler", AliasesTaken(version, index), 0), index
+        )
         self._questions = Questions(index, send)
         self._workers = settings.tokenizer_workers
         self._index = index
         self._send = send
         self._keep_alive_seconds = keep_alive_seconds
         self._streams = Streams()
+        self._prompts = OpenPrompts(settings.tokenizer_workers)
         self._worker_of: dict[int, int] = {}  # request id -> tokenizer worker
         # Another than before a restart, so that late pieces for a predecessor find nobody.
         self._counter = secrets.randbits(REQUEST_BITS - 1)
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def scheduler_started(self) -> None:
+        """Another incarnation. Requests of the one before are ended by their tokenizer workers."""
+        names = self.aliases.scheduler_started()
+        if names is not None:
+            self._send("scheduler", names, 0)
+
     def deliver(self, message: Pieces) -> None:
         self._streams.deliver(message)
+        if message.ends:
+            heard = [end.request_id for end in message.ends]
+            self._send("scheduler", EndsHeard(heard), 0)
+
+    def worker_started(self, worker: int) -> None:
+        """A tokenizer worker was started again: send it all that somebody waits for. The scheduler
+        cancels what its predecessor may have been told to cancel."""
+        self.admission.worker_started(worker)
+        prompts = self._prompts.started(worker)
+        open_ids = self._prompts.open_ids(worker)
+        self._send("tokenizer_workers", StillOpen(self._index, worker, open_ids), worker)
+        for prompt in prompts:
+            self._send("tokenizer_workers", prompt, worker)
+        self._questions.ask_again(worker)
+        if prompts:
+            metrics.REPEATED.inc(len(prompts))
+            log.info("event=repeated worker=%d requests=%d", worker, len(prompts))
 
     def tell_prompt(self, message: PromptDetails) -> None:
         self._streams.tell_prompt(message)
@@ -252,6 +286,7 @@ class Downstream:
 
         def send(prompts: Iterable[Prompt]) -> None:
             for prompt in prompts:
+                self._prompts.add(worker, prompt, reply.choices_of[prompt.request_id])
                 self._send("tokenizer_workers", prompt, worker)
 
         reply = Reply(
@@ -274,6 +309,8 @@ class Downstream:
         finally:
             reply.close()
             unsent = {prompt.request_id for prompt in left}
+            for prompt in numbered:
+                self._prompts.remove(worker, prompt.request_id)
             for stream in reply.streams:
                 self._streams.close(stream.request_id)
                 del self._worker_of[stream.request_id]

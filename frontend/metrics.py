@@ -44,6 +44,11 @@ REQUEST_SECONDS = Histogram(
     buckets=SECONDS,
     registry=REGISTRY,
 )
+REPEATED = Counter(
+    "loradex_repeated_requests",
+    "Prompts sent again, to a tokenizer worker that took the place of one that had died",
+    registry=REGISTRY,
+)
 PROMPT_TOKENS = Counter(
     "loradex_prompt_tokens", "Tokens of the prompts that were answered", registry=REGISTRY
 )

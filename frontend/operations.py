@@ -57,11 +57,10 @@ class Operations:
 
     async def health(self, request: Request) -> HttpReply:
         """200 when a request would be let in, as far as that is for us to say; else 503."""
-        missing = self._processes.missing()
-        if not missing and not self._admission.draining:
+        why = self._processes.waits_for()
+        if not why and not self._admission.draining:
             return HttpReply(200, b"", ())
-        why = f"waiting for {', '.join(missing)}" if missing else "shutting down"
-        return unhealthy(why, RETRY)
+        return unhealthy(why or "shutting down", RETRY)
 
     async def info(self, request: Request) -> HttpReply:
         """LoRAX's facts, null where there is no such thing here, and what each process says."""

@@ -21,6 +21,7 @@ class Questions:
         self._send = send
         self._counter = secrets.randbits(QUESTION_BITS)
         self._open: dict[int, asyncio.Future[Tokenized]] = {}
+        self._asked: dict[int, tuple[Tokenize, int]] = {}  # and which worker
 
     async def tokenize(self, text: str, *, add_special_tokens: bool, worker: int) -> Tokenized:
         """The tokens of a text. Raises RequestError when they cannot be told."""
@@ -28,15 +29,23 @@ class Questions:
         question = Tokenize(self._counter, self._index, text, add_special_tokens)
         answer: asyncio.Future[Tokenized] = asyncio.get_running_loop().create_future()
         self._open[question.question_id] = answer
+        self._asked[question.question_id] = question, worker
         try:
             self._send("tokenizer_workers", question, worker)
             tokenized = await answer
         finally:
             del self._open[question.question_id]
+            del self._asked[question.question_id]
         if tokenized.failure is not None:
             failure = tokenized.failure
             raise RequestError(failure.status, failure.kind, failure.message)
         return tokenized
+
+    def ask_again(self, worker: int) -> None:
+        """A worker has died; the one in its place is asked all that is open."""
+        for question, asked in self._asked.values():
+            if asked == worker:
+                self._send("tokenizer_workers", question, worker)
 
     def answer(self, message: Tokenized) -> None:
         waiting = self._open.get(message.question_id)

@@ -29,9 +29,9 @@ class Startup:
         return reply
 
     async def _probe(self) -> HttpReply:
-        missing = self._processes.missing()
-        if missing:
-            return lorax_replies.unhealthy(f"waiting for {', '.join(missing)}", RETRY)
+        why = self._processes.waits_for()
+        if why:
+            return lorax_replies.unhealthy(why, RETRY)
         try:
             with self._downstream.start(PROBE, streamed=False) as reply:
                 [part] = await reply.next()

@@ -17,11 +17,21 @@ class Stream:
     streamed  see wake
     """
 
-    __slots__ = ("_end", "_pieces", "_streamed", "_wake", "ended", "prompt", "request_id")
+    __slots__ = (
+        "_end",
+        "_pieces",
+        "_streamed",
+        "_wake",
+        "ended",
+        "produced",
+        "prompt",
+        "request_id",
+    )
 
     def __init__(self, request_id: int, *, wake: Callable[[], None], streamed: bool) -> None:
         self.request_id = request_id
         self.ended = False  # its end has come, taken or not
+        self.produced = 0  # tokens that its pieces are of
         self.prompt: PromptDetails | None = None  # comes before the first piece, if wanted
         self._pieces: list[Piece] = []
         self._end: End | None = None
@@ -35,6 +45,7 @@ class Stream:
     def push(self, piece: Piece) -> None:
         if self.ended:
             return
+        self.produced = piece.produced
         self._pieces.append(piece)
         if self._streamed:
             self._wake()
@@ -46,6 +57,11 @@ class Stream:
         self.ended = True
         self._end = end
         self._wake()
+
+    def fail(self, failure: Failure) -> None:
+        """End it for our own reason, if it has not ended."""
+        usage = Usage(prompt_tokens=0, completion_tokens=0)
+        self.finish(End(self.request_id, FinishReason.ERROR, usage, failure))
 
     def take(self) -> tuple[list[Piece], End | None]:
         """All that has come since the last call; an end is given out once, with the last pieces.
@@ -100,6 +116,5 @@ class Streams:
         of = self._streams.values() if streams is None else streams
         running = [stream for stream in of if not stream.ended]
         for stream in running:
-            usage = Usage(prompt_tokens=0, completion_tokens=0)
-            stream.finish(End(stream.request_id, FinishReason.ERROR, usage, failure))
+            stream.fail(failure)
         return [stream.request_id for stream in running]

@@ -3,6 +3,7 @@
 Waits for the disk only before it is ready; the arena that it maps later is shared memory.
 """
 
+import os
 import time
 from collections import deque
 from pathlib import Path
@@ -15,10 +16,12 @@ from gpu_worker.worker import Launched
 from pipeline.arena import attach
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
     CompileGrammar,
+    PeerStarted,
     PlaceAdapter,
     ProcessReady,
     Shutdown,
@@ -37,11 +40,11 @@ COMPILING_MS = 1  # between two looks at whether a grammar is compiled
 COPY_SHARE = 0.03  # of a step's time, for adapters that this thread copies between steps
 
 
-def main(settings: Settings, index: int) -> None:
-    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, index, ToGpuWorker)
-    outbox = Outbox(settings.run_folder())
+def main(settings: Settings, incarnation: Incarnation) -> None:
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox = Inbox[ToGpuWorker](settings.run_folder(), NAME, incarnation.index, ToGpuWorker, outbox)
     try:
-        Process(settings, index, inbox, outbox).run()
+        Process(settings, incarnation, inbox, outbox).run()
     finally:
         outbox.close()
         inbox.close()
@@ -51,28 +54,39 @@ class Process:
     """The worker between its sockets."""
 
     def __init__(
-        self, settings: Settings, index: int, inbox: Inbox[ToGpuWorker], outbox: Outbox
+        self,
+        settings: Settings,
+        incarnation: Incarnation,
+        inbox: Inbox[ToGpuWorker],
+        outbox: Outbox,
     ) -> None:
         self._settings = settings
-        self._index = index
+        self._incarnation = incarnation
+        self._index = index = incarnation.index
         self._inbox = inbox
         self._outbox = outbox
         self._launched: deque[Launched] = deque()
         self._prefills = PrefillTraces()
-        built = build_worker(settings, model_folder(settings), Figures(), index)
-        self._worker = built.worker
-        outbox.send("scheduler", built.ready)
-        self._to_frontends(ProcessReady(NAME, index, built.facts))
+        outbox.greet("scheduler")
+        outbox.greet("frontend", settings.frontends)
+        self._arena: tuple[int, int] | None = None  # the file that is attached
+        self._built = build_worker(settings, model_folder(settings), Figures(), index)
+        self._worker = self._built.worker
+        self._ready = ProcessReady(NAME, index, self._built.facts)
+        outbox.send("scheduler", self._built.ready)
+        self._to_frontends(self._ready)
 
     def run(self) -> None:
         """Until the scheduler says that no step will follow."""
         stats_due = time.monotonic()
+        self._incarnation.beat()
         while True:
             now = time.monotonic()
             if now >= stats_due:
                 self._to_frontends(Stats(NAME, self._index, snapshot()))
                 stats_due = now + self._settings.stats_seconds
-            wait_ms = 0 if self._is_busy else int((stats_due - now) * 1000) + 1
+            wait = min(stats_due - now, self._incarnation.beat_seconds)
+            wait_ms = 0 if self._is_busy else int(wait * 1000) + 1
             if self._worker.grammars.is_compiling:
                 wait_ms = min(wait_ms, COMPILING_MS)
             messages = self._inbox.receive(wait_ms)
@@ -87,15 +101,38 @@ class Process:
                     case PlaceAdapter():
                         self._worker.place(message)
                     case AttachArena():
-                        self._worker.attach_arena(attach(Path(message.path), message.nbytes))
+                        self._attach(message)
+                    case PeerStarted():
+                        self._peer_started(message)
                     case Shutdown():
                         return
                     case _:
                         assert_never(message)
             placed, done = self._send_placed(), self._send_done()
             self._send_compiled()
+            if done or not self._launched:  # else the device may hang, and we with it
+                self._incarnation.beat()
             if not (placed or done or messages or went_on or sampled) and self._is_busy:
                 time.sleep(POLL_SECONDS)
+
+    def _attach(self, message: AttachArena) -> None:
+        """A loader that was started again has taken over the file that its predecessor made."""
+        status = os.stat(message.path)
+        if self._arena != (status.st_dev, status.st_ino):
+            self._worker.attach_arena(attach(Path(message.path), message.nbytes))
+            self._arena = (status.st_dev, status.st_ino)
+
+    def _peer_started(self, message: PeerStarted) -> None:
+        """Another scheduler knows nothing of what is here, and frontends not what it is."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        if message.process == "scheduler":
+            self._launched.clear()
+            self._prefills = PrefillTraces()
+            self._worker.start_over(self._built.new_grammars())
+            self._outbox.send("scheduler", self._built.ready)
+        elif message.process == "frontend":
+            self._outbox.send("frontend", self._ready, message.index)
 
     def _step(self, message: Step) -> None:
         """Launch it. On a CPU it is over then: its tokens go out, and adapters get their share of

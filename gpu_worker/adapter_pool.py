@@ -78,6 +78,14 @@ class AdapterPool:
         """Copy out of this from now on; it stays mapped as long as the pool holds it."""
         self._arena = torch.frombuffer(arena, dtype=torch.uint8)
 
+    def start_over(self) -> None:
+        """No slot holds anything, and nothing is on its way."""
+        self._copies.clear()
+        self._copied = 0
+        self._placed.clear()
+        self._adapters.clear()
+        self._ranks.clear()
+
     def place(self, message: PlaceAdapter) -> None:
         """Start to bring an adapter in, in place of what its slot held."""
         while message.moves and self._copies:  # moves may be of what is on its way

@@ -3,7 +3,9 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,7 @@ class Built(NamedTuple):
     worker: Worker
     ready: WorkerReady
     facts: Facts
+    new_grammars: Callable[[], Grammars]  # that nobody has asked for anything
 
 
 class Parts(NamedTuple):
@@ -85,13 +88,14 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
         block_tokens=parts.kv_cache.block_tokens,
     )
     forward = _forward(parts)
+    new_grammars = partial(_grammars, parts, vocabulary)
     worker = Worker(
         forward=forward,
         adapters=parts.adapters,
         rows=rows,
         history=parts.history,
         figures=figures,
-        grammars=_grammars(parts, vocabulary),
+        grammars=new_grammars(),
         device=device,
         index=index,
         watermark=Watermark(
@@ -107,7 +111,7 @@ def build_worker(settings: Settings, folder: Path, figures: Figures, index: int 
     ready = _ready(parts, index)
     facts = _facts(parts, ready)
     log.info("event=worker_ready %s", " ".join(f"{name}={fact}" for name, fact in facts.items()))
-    return Built(worker, ready, facts)
+    return Built(worker, ready, facts, new_grammars)
 
 
 def _attention(settings: Settings, device: torch.device, dtype: torch.dtype) -> str:

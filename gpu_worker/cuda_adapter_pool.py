@@ -54,11 +54,19 @@ class CudaAdapterPool:
     def attach_arena(self, arena: mmap) -> None:
         """Copy out of this from now on; it is pinned, and stays mapped as long as the pool holds
         it."""
-        self._arena = torch.frombuffer(arena, dtype=torch.uint8)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if self._arena is not None:
+            self.stream.synchronize()
+            torch.cuda.check_error(runtime.cudaHostUnregister(self._arena.data_ptr()))
+        self._arena = torch.frombuffer(arena, dtype=torch.uint8)
         torch.cuda.check_error(
             runtime.cudaHostRegister(self._arena.data_ptr(), self._arena.nbytes, 0)
         )
+
+    def start_over(self) -> None:
+        """No slot holds anything. To be called when the device has nothing more to do."""
+        self._arriving.clear()
+        self._placing.clear()
 
     def place(self, message: PlaceAdapter) -> None:
         """Start to bring an adapter in, in place of what its slot held."""

@@ -151,6 +151,19 @@ class Worker:
         self.adapters.attach_arena(arena)
 
     @torch.inference_mode()
+    def start_over(self, grammars: Grammars) -> None:
+        """For another scheduler: rows, slots and grammars are nobody's, once what was launched has
+        ended. Its results are of no use any more."""
+        self.sample_launched(wait=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.adapters.start_over()
+        self.rows.free(np.arange(len(self.rows.length), dtype=np.int32))
+        self.grammars.close()
+        self.grammars = grammars
+        self._times_before = None
+
+    @torch.inference_mode()
     def place(self, message: PlaceAdapter) -> None:
         """Start to bring an adapter in: steps that are launched from now on find it there, and
         wait if they must."""

@@ -1,12 +1,14 @@
 """The host arena: one file of shared memory that adapters are staged in.
 
 adapter_loader creates it and is its only writer; gpu_worker maps it and copies out of it. Who may
-use which extent until when is settled by messages, never by what lies in the file.
+use which extent until when is settled by messages, never by what lies in the file. A loader that
+has died leaves it to its successor, since the worker has it mapped, and perhaps pinned.
 """
 
 import hashlib
 import mmap
 import os
+import stat
 from pathlib import Path
 
 from pipeline.errors import ConfigError
@@ -22,13 +24,15 @@ def arena_path(run_dir: Path) -> Path:
 
 
 def create(path: Path, nbytes: int) -> mmap.mmap:
-    """Make the arena, in place of a dead process's if there is one, and map it for writing.
+    """Make the arena, and map it for writing; or a dead process's, if it is of the same size.
 
     It is allocated in full, so that a lack of room shows here and not as a bus error later.
     Raises ConfigError when there is no room.
     """
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = _left_behind(path, nbytes)
+    if descriptor is None:
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
         return _map(descriptor, nbytes)
@@ -52,6 +56,20 @@ def attach(path: Path, nbytes: int) -> mmap.mmap:
         return _map(descriptor, nbytes)
     finally:
         os.close(descriptor)
+
+
+def _left_behind(path: Path, nbytes: int) -> int | None:
+    """An open arena of this size that is ours alone; None if there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    status = os.fstat(descriptor)
+    ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid()
+    if ours and stat.S_IMODE(status.st_mode) == 0o600 and status.st_size == nbytes:
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def _map(descriptor: int, nbytes: int) -> mmap.mmap:

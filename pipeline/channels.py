@@ -3,18 +3,32 @@
 Messages are msgspec structs in MessagePack. A process binds its inbox and connects to its peers'
 in any order: what is sent before a peer binds waits for it. Order is kept from one sender to one
 receiver. Queues between processes are bounded by what the frontend admits, not by ZeroMQ.
+
+A conversation is one between two incarnations. Before each message stands which incarnation of
+which process has sent it, and for which incarnation of its receiver it is meant: the latest that
+the sender has heard of. What comes from an incarnation that has a successor, or was meant for a
+predecessor, is dropped: ZeroMQ keeps what a dead peer has not read for whoever binds its address
+next. What is sent to a peer that nobody has heard of yet waits in the outbox. Whoever starts
+greets its peers, and is greeted in return.
+
+An inbox gives PeerStarted before the first message of an incarnation, and never in one list with
+what came before it, so that all answers to that are sent, or known to be late, by then. Those
+who do not say which incarnation they are (tests, threads of a process of its own) are heard, and
+never dropped.
 """
 
 import asyncio
 import logging
+import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 import zmq
 
-from pipeline.messages import Message
+from pipeline.incarnation import Incarnation
+from pipeline.messages import Message, PeerStarted
 
 M = TypeVar("M")
 log = logging.getLogger(__name__)
@@ -22,33 +36,47 @@ log = logging.getLogger(__name__)
 PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "gpu_worker", "adapter_loader")
 MAX_RECEIVED = 256  # messages read before a loop looks at anything else
 
+Peer = tuple[str, int]  # a process and its index
+_ENVELOPE = struct.Struct("<QQBB")  # sender's incarnation, receiver's; sender's process and index
+
 
 def address(run_dir: Path, process: str, index: int = 0) -> str:
     """Where the inbox of a process is bound."""
     return f"ipc://{run_dir}/{process}.{index}.sock"
 
 
+def remove_inbox(run_dir: Path, process: str, index: int) -> None:
+    """Of a process that is dead, and may have left the file of its socket behind."""
+    Path(address(run_dir, process, index).removeprefix("ipc://")).unlink(missing_ok=True)
+
+
 class Inbox(Generic[M]):
     """The one socket that a process binds. `union` is the type of what may arrive.
 
     What does not decode as `union` is logged and dropped.
+
+    outbox  of the same process; without one, nobody is told of PeerStarted, and nothing is dropped
     """
 
-    def __init__(self, run_dir: Path, process: str, index: int, union: Any) -> None:
+    def __init__(
+        self, run_dir: Path, process: str, index: int, union: Any, outbox: "Outbox | None" = None
+    ) -> None:
         self._path = Path(address(run_dir, process, index).removeprefix("ipc://"))
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.LINGER, 0)
         self._decoder = msgspec.msgpack.Decoder(union)
+        self._outbox = outbox
+        self._next: bytes | None = None  # the first of an incarnation, for the next list
         self._watched_by: asyncio.AbstractEventLoop | None = None
         self._path.unlink(missing_ok=True)  # a dead process leaves its socket file behind
         self._socket.bind(f"ipc://{self._path}")
 
     def receive(self, timeout_ms: int | None = None) -> list[M]:
         """What has arrived, at most MAX_RECEIVED; waits up to timeout_ms (None: until something)
-        when there is nothing."""
+        when there is nothing, and anew after what is no message."""
         messages = self._drain()
-        if not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
+        while not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
             messages = self._drain()
         return messages
 
@@ -61,7 +89,7 @@ class Inbox(Generic[M]):
             messages = self._drain()
             for message in messages:
                 on_message(message)
-            if len(messages) == MAX_RECEIVED:  # the descriptor is edge triggered
+            if messages:  # the descriptor is edge triggered, and there may be more
                 loop.call_soon(readable)
 
         self._watched_by = loop
@@ -71,15 +99,45 @@ class Inbox(Generic[M]):
     def _drain(self) -> list[M]:
         messages: list[M] = []
         while len(messages) < MAX_RECEIVED:
-            try:
-                data = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            received, self._next = self._next, None
+            if received is None:
+                try:
+                    received = self._socket.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+            if len(received) < _ENVELOPE.size:
+                log.error("event=message_refused bytes=%d reason='no envelope'", len(received))
+            elif self._outbox is None or self._is_for_us(received, messages, self._outbox):
+                self._decode(received, messages)
+            elif self._next is not None:
                 break
-            try:
-                messages.append(self._decoder.decode(data))
-            except msgspec.DecodeError as error:
-                log.error("event=message_refused bytes=%d reason=%a", len(data), str(error))
         return messages
+
+    def _is_for_us(self, received: bytes, messages: list[M], outbox: "Outbox") -> bool:
+        """Whether it is to be decoded now. If another incarnation has sent it, those before it
+        are dealt with first."""
+        sender, receiver, process, index = _ENVELOPE.unpack_from(received)
+        if sender and process < len(PROCESSES):
+            peer = (PROCESSES[process], index)
+            known = outbox.known(peer)
+            if sender < known:
+                return False
+            if sender > known:
+                if messages:
+                    self._next = received
+                    return False
+                outbox.heard_of(peer, sender)
+                messages.append(cast(M, PeerStarted(*peer, again=bool(known))))
+        return receiver in (0, outbox.number)
+
+    def _decode(self, received: bytes, messages: list[M]) -> None:
+        body = memoryview(received)[_ENVELOPE.size :]
+        if not body:
+            return  # a greeting
+        try:
+            messages.append(self._decoder.decode(body))
+        except msgspec.DecodeError as error:
+            log.error("event=message_refused bytes=%d reason=%a", len(body), str(error))
 
     def close(self) -> None:
         """Nothing is received any more, and the socket file is gone."""
@@ -90,18 +148,57 @@ class Inbox(Generic[M]):
 
 
 class Outbox:
-    """Sends to the inboxes of other processes. Never blocks."""
+    """Sends to the inboxes of other processes. Never blocks.
 
-    def __init__(self, run_dir: Path) -> None:
+    incarnation  of the process that sends; without one, messages are for any of their receiver's
+    """
+
+    def __init__(self, run_dir: Path, incarnation: Incarnation | None = None) -> None:
         self._run_dir = run_dir
-        self._sockets: dict[tuple[str, int], zmq.Socket[bytes]] = {}
+        self._incarnation = incarnation
+        self.number = 0 if incarnation is None else incarnation.number
+        self._known: dict[Peer, int] = {}  # the latest incarnation of each that was heard of
+        self._waiting: dict[Peer, list[bytes]] = {}  # for those that were not
+        self._sockets: dict[Peer, zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, process: str, message: Message, index: int = 0) -> None:
-        socket = self._sockets.get((process, index))
+        peer = (process, index)
+        body = self._encoder.encode(message)
+        if self._incarnation is None or peer in self._known:
+            self._send(peer, body)
+        else:
+            self._waiting.setdefault(peer, []).append(body)
+
+    def greet(self, process: str, count: int = 1) -> None:
+        """Tell the first `count` of a process, but for this one, that this one has started."""
+        me = self._incarnation
+        for index in range(count):
+            if me is None or (process, index) != (me.process, me.index):
+                self._send((process, index), b"")
+
+    def known(self, peer: Peer) -> int:
+        """The incarnation that is spoken with; 0 if none was heard of."""
+        return self._known.get(peer, 0)
+
+    def heard_of(self, peer: Peer, number: int) -> None:
+        """From now on this incarnation of it is spoken with."""
+        self._known[peer] = number
+        self._send(peer, b"")  # it may have started after it was greeted
+        for body in self._waiting.pop(peer, ()):
+            self._send(peer, body)
+
+    def _send(self, peer: Peer, body: bytes) -> None:
+        socket = self._sockets.get(peer)
         if socket is None:
-            socket = self._connect(process, index)
-        socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            socket = self._connect(*peer)
+        me, receiver = self._incarnation, self._known.get(peer, 0)
+        if me is None:
+            envelope = _ENVELOPE.pack(0, receiver, 0, 0)
+        else:
+            process = PROCESSES.index(me.process)
+            envelope = _ENVELOPE.pack(me.number, receiver, process, me.index)
+        socket.send(envelope + body, zmq.NOBLOCK)
 
     def _connect(self, process: str, index: int) -> "zmq.Socket[bytes]":
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
@@ -112,7 +209,12 @@ class Outbox:
         return socket
 
     def close(self, linger_ms: int = 2000) -> None:
-        """Close all sockets; waits up to linger_ms for what is still to be sent."""
+        """Close all sockets; waits up to linger_ms for what is still to be sent. What waits for a
+        peer that was not heard of is left to whoever it will be."""
+        for peer, bodies in self._waiting.items():
+            for body in bodies:
+                self._send(peer, body)
+        self._waiting.clear()
         for socket in self._sockets.values():
             socket.close(linger_ms)
         self._sockets.clear()

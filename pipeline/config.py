@@ -21,7 +21,7 @@ PREFIX = "LORADEX_"
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCES = ("local", "hub", "s3", "pbase", "http")  # of adapters
 SECRETS = ("api_key", "admin_api_key", "watermark_key")  # settings that are shown to nobody
-NOT_SETTINGS = ("LORADEX_CONFIG",)  # in the environment, with our prefix
+NOT_SETTINGS = ("LORADEX_CONFIG", "LORADEX_INCARNATION")  # in the environment, with our prefix
 EXAMPLES = Path(__file__).parent.parent / "examples" / "adapters"
 
 
@@ -252,16 +252,24 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     allow_chat_template: Annotated[
         bool, Meta(description="let requests bring a chat template of their own")
     ] = False
+    adapter_chat_templates: Annotated[
+        bool,
+        Meta(
+            description="render chats with the template that an adapter ships, and refuse adapters "
+            "whose tokenizer is another than the base model's; off: neither is looked at"
+        ),
+    ] = True
     template_seconds: Annotated[
         float,
         Meta(
             gt=0,
-            description="processor time that such a template may take for one prompt, seconds",
+            description="processor time that a template of an adapter or a request may take for "
+            "one prompt, seconds",
         ),
     ] = 1.0
     template_bytes: Annotated[
         int,
-        Meta(ge=128 << 20, description="memory of the process that renders such templates, bytes"),
+        Meta(ge=128 << 20, description="memory of the process that renders these templates, bytes"),
     ] = 512 << 20
     max_body_bytes: Annotated[int, Meta(ge=1, description="size of a request body, bytes")] = (
         2 << 20
@@ -279,6 +287,29 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     drain_seconds: Annotated[
         float, Meta(ge=0, description="time that running requests get after SIGTERM, seconds")
     ] = 30.0
+    hang_seconds: Annotated[
+        float,
+        Meta(gt=0, description="time without a sign of life until a process is killed, seconds"),
+    ] = 30.0
+    restart_limit: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="starts of a process after its death, within restart_window_seconds, "
+            "before all ends",
+        ),
+    ] = 10
+    restart_window_seconds: Annotated[
+        float, Meta(gt=0, description="time that restart_limit is about, seconds")
+    ] = 300.0
+    restart_backoff_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="time before the second start within restart_window_seconds; doubles with "
+            "each, seconds",
+        ),
+    ] = 0.5
     stats_seconds: Annotated[
         float, Meta(gt=0, description="time between two reports to /metrics, seconds")
     ] = 1.0

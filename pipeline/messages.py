@@ -288,6 +288,12 @@ class ChatOptions(Value, frozen=True):
     add_special_tokens: bool = False  # those that the tokenizer puts around a text
 
 
+# Of each choice of a prompt that is sent again: how many tokens of its reply the frontend has, as
+# Piece.produced counts; GONE if nobody waits for more of it.
+Heard = tuple[int, ...]
+GONE = -1
+
+
 class Prompt(Message, frozen=True):
     """frontend -> tokenizer_workers: encode this and submit it.
 
@@ -319,6 +325,7 @@ class Prompt(Message, frozen=True):
     tools: Tools | None = None  # of a chat
     truncate: int | None = None  # keep so many tokens of the prompt, its last
     pooling: Pooling | None = None  # the embedding is wanted, and no reply; max_tokens is 1
+    heard: Heard | None = None  # None: it is not sent again
 
 
 class Rendered(Message, frozen=True):
@@ -345,6 +352,19 @@ class Cancel(Message, frozen=True):
     """
 
     request_id: int
+    stopped: bool = False  # its worker has ended it, and the frontend may not have heard it yet
+
+
+class StillOpen(Message, frozen=True):
+    """frontend -> tokenizer_workers -> scheduler: to a worker that was started again.
+
+    Nobody waits for any other request that this frontend had given to its predecessors. These
+    here follow once more.
+    """
+
+    frontend: int
+    worker: int
+    request_ids: list[int]
 
 
 class GrammarChecked(Message, frozen=True):
@@ -352,6 +372,13 @@ class GrammarChecked(Message, frozen=True):
 
     source: str
     error: str = ""  # a sentence for the client; empty if it may
+
+
+class TokenizerCompared(Message, frozen=True):
+    """tokenizer_workers -> itself, from the thread that compares: is it the base model's?"""
+
+    tokenizer: str  # sha256 of an adapter's tokenizer.json
+    difference: str = ""  # the end of a sentence; empty if they agree
 
 
 class Shutdown(Message, frozen=True):
@@ -392,6 +419,13 @@ class Submit(Message, frozen=True):
     trace: str = ""  # as of the prompt
     grammar: str = ""  # as the library writes it; it was compiled once and is known to be good
     pooling: Pooling | None = None  # as of the prompt
+    heard: Heard | None = None  # as of the prompt
+
+
+class EndsHeard(Message, frozen=True):
+    """frontend -> scheduler: these ends have come; the requests need not be known any more."""
+
+    request_ids: list[int]
 
 
 # --- frontend <-> scheduler: administration -------------------------------------------------------
@@ -434,6 +468,14 @@ class Aliases(Message, frozen=True):
 
     version: int
     names: dict[str, AdapterKey]
+
+
+class NamesKept(Message, frozen=True):
+    """frontend -> scheduler, which was started again: the names that its predecessor told last."""
+
+    version: int
+    names: dict[str, AdapterKey]
+    frontend: int
 
 
 class AliasesTaken(Message, frozen=True):
@@ -578,7 +620,7 @@ class Step(Message, frozen=True):
     prompt's last gives that of the token after it.
     """
 
-    step_id: int  # counts up from 1
+    step_id: int  # counts up
     decode_rows: bytes = b""
     prefill: bytes = b""  # int32[chunks, 3]: row, start, count
     block_rows: bytes = b""  # row block_rows[i] gets blocks[i] as its next block
@@ -591,7 +633,10 @@ class Step(Message, frozen=True):
 
 
 class WorkerReady(Message, frozen=True):
-    """gpu_worker -> scheduler: weights are loaded, steps may come."""
+    """gpu_worker -> scheduler: weights are loaded, steps may come.
+
+    From each incarnation, once to each of the scheduler. The device holds nothing of anybody.
+    """
 
     kv_blocks: int
     block_tokens: int
@@ -643,6 +688,23 @@ class LoadAdapter(Message, frozen=True):
     trace: str = ""  # of the request that it is asked for
 
 
+class Lease(Value, frozen=True):
+    """An extent of the arena that the scheduler has, of this adapter."""
+
+    adapter: AdapterKey
+    arena_offset: int
+    nbytes: int
+
+
+class Leased(Message, frozen=True):
+    """scheduler -> adapter_loader: what loaders before you have leased to me, and still is.
+
+    Comes before anything else, if there are such leases. Each ends with one ReleaseAdapter.
+    """
+
+    leases: tuple[Lease, ...]
+
+
 class ReleaseAdapter(Message, frozen=True):
     """scheduler -> adapter_loader: the extent of one AdapterStaged is not read any more."""
 
@@ -651,7 +713,10 @@ class ReleaseAdapter(Message, frozen=True):
 
 
 class ArenaReady(Message, frozen=True):
-    """adapter_loader -> scheduler: the arena exists, loads may come."""
+    """adapter_loader -> scheduler: the arena exists, loads may come.
+
+    From each incarnation, once to each of the scheduler.
+    """
 
     path: str
     nbytes: int
@@ -693,6 +758,40 @@ class AdapterDropped(Message, frozen=True):
     adapter: AdapterKey
 
 
+# --- tokenizer_workers <-> adapter_loader ---------------------------------------------------------
+
+
+class AskTexts(Message, frozen=True):
+    """tokenizer_workers -> adapter_loader: what is there for tokenizers beside these weights?
+
+    Answered by one AdapterTexts. It may be asked again with the same number.
+    """
+
+    question_id: int
+    worker: int
+    adapter: AdapterKey  # not a merge
+    adapter_token: str | None = None
+    known: str = ""  # the version that the worker has
+    known_tokenizers: tuple[str, ...] = ()  # sha256 of tokenizer.json that need not be sent
+
+
+class AdapterTexts(Message, frozen=True):
+    """adapter_loader -> tokenizer_workers: the files by name, or why they cannot be had."""
+
+    question_id: int
+    adapter: AdapterKey
+    version: str = ""  # equal for equal files
+    files: dict[str, bytes] | None = None  # None: the version is the one that is known
+    tokenizer: str = ""  # sha256 of tokenizer.json, if there is one, sent or not
+    failure: Failure | None = None  # its message is without the adapter's id
+
+
+class ForgetTexts(Message, frozen=True):
+    """adapter_loader -> tokenizer_workers: what is known of the adapter's files may be outdated."""
+
+    adapter: AdapterKey
+
+
 # --- scheduler -> tokenizer_workers --------------------------------------------------------------
 
 
@@ -729,6 +828,21 @@ class PromptLogprobs(Message, frozen=True):
     rows: list[bytes]  # of pipeline.logprobs
 
 
+class Resumed(Message, frozen=True):
+    """scheduler -> tokenizer_workers: all that came of a request that was submitted again.
+
+    Tokens and PromptLogprobs go on from there. A request that the scheduler had not known starts
+    without this.
+    """
+
+    request_id: int
+    token_ids: bytes
+    logprobs: list[bytes]  # of each token, if they are wanted: rows of pipeline.logprobs
+    prompt_logprobs: list[bytes]
+    first_token: float  # when it came, time.monotonic(); 0 if there is none
+    finished: Finished | None = None  # if it has ended
+
+
 # --- tokenizer_workers -> frontend ---------------------------------------------------------------
 
 
@@ -739,6 +853,7 @@ class Piece(Value, frozen=True):
     text: str
     tokens: tuple[TokenDetail, ...] = ()
     tool_calls: tuple[ToolCallPart, ...] = ()  # after the text
+    produced: int = 0  # tokens, in all: this and the pieces before it are what they have said
 
 
 class End(Value, frozen=True):
@@ -779,6 +894,20 @@ class Pieces(Message, frozen=True):
     ends: tuple[End, ...] = ()
 
 
+# --- each -> itself ------------------------------------------------------------------------------
+
+
+class PeerStarted(Message, frozen=True):
+    """The inbox -> its process: what comes from now on is from another incarnation of a peer.
+
+    All that its predecessor was told and has not answered is lost, and so is what it knew.
+    """
+
+    process: str
+    index: int
+    again: bool  # there was one before it that this process has heard of
+
+
 # --- each -> frontend ----------------------------------------------------------------------------
 
 
@@ -788,6 +917,15 @@ class ProcessReady(Message, frozen=True):
     process: str
     index: int = 0
     facts: dict[str, str | int | float | None] = {}
+
+
+class ProcessDied(Message, frozen=True):
+    """The keep-alive -> frontend: this incarnation is dead, and another will be started."""
+
+    process: str
+    index: int
+    number: int  # of the incarnation
+    cause: str
 
 
 class Stats(Message, frozen=True):
@@ -822,18 +960,35 @@ ToFrontend = (
     | PromptDetails
     | Tokenized
     | ProcessReady
+    | ProcessDied
     | Stats
     | Spans
     | Aliases
     | AdminDone
     | AdapterList
+    | PeerStarted
 )
 ToTokenizerWorker = (
-    Prompt | Tokenize | Rendered | GrammarChecked | Cancel | Tokens | PromptLogprobs | Shutdown
+    Prompt
+    | Tokenize
+    | Rendered
+    | GrammarChecked
+    | Cancel
+    | StillOpen
+    | Tokens
+    | PromptLogprobs
+    | Resumed
+    | AdapterTexts
+    | ForgetTexts
+    | TokenizerCompared
+    | PeerStarted
+    | Shutdown
 )
 ToScheduler = (
     Prefetch
     | Submit
+    | StillOpen
+    | EndsHeard
     | Cancel
     | WorkerReady
     | StepDone
@@ -845,8 +1000,12 @@ ToScheduler = (
     | AdapterDropped
     | AdminCommand
     | AliasesTaken
+    | NamesKept
     | ListAdapters
+    | PeerStarted
     | Shutdown
 )
-ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | Shutdown
-ToAdapterLoader = LoadAdapter | ReleaseAdapter | ForgetAdapter | Shutdown
+ToGpuWorker = AttachArena | PlaceAdapter | CompileGrammar | Step | PeerStarted | Shutdown
+ToAdapterLoader = (
+    LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter | AskTexts | PeerStarted | Shutdown
+)

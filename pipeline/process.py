@@ -1,58 +1,63 @@
-"""What every process does around its loop: settings, logs, signals, numbering, its end.
+"""What every process does around its loop: settings, logs, signals, its incarnation, its end.
 
 A process runs until a Shutdown message has come to it from all that feed it. SIGTERM only sets a
 deadline, after which it exits whatever it is doing; the frontend, where Shutdown starts, also
 drains on it.
 """
 
-import ctypes
 import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from prometheus_client import Counter
+
 from pipeline.config import Settings, load_settings
 from pipeline.errors import ConfigError
+from pipeline.incarnation import Incarnation
 from pipeline.logs import set_up_logs
+from pipeline.metrics import REGISTRY
 
 EXIT_CONFIG = 2
 EXIT_DEADLINE = 3
 GRACE_SECONDS = 5.0  # for what is downstream of the frontend, after its drain
-_PR_SET_PDEATHSIG = 1
 
+RESTARTS = Counter(
+    "loradex_process_restarts",
+    "Starts of this process after the first, each of which a death came before",
+    registry=REGISTRY,
+)
 log = logging.getLogger(__name__)
 
 
-def run(
-    process: str,
-    main: Callable[[Settings, int], None],
-    count: int | Callable[[Settings], int] = 1,
-) -> None:
-    """Be `process`: load the settings, then run main(settings, index) to its end and exit.
+def run(process: str, main: Callable[[Settings, Incarnation], None]) -> None:
+    """Be `process`: load the settings, then run main(settings, incarnation) to its end and exit.
 
-    With a count above one, the others are forked first, before threads or sockets exist; index 0
-    is the one that was started, and ends with an error when another does. A count that is a
-    setting is given as the function that reads it.
+    Which of several it is, the keep-alive says that starts them.
     """
     try:
         settings = load_settings()
         set_up_logs(process, settings.log_level, settings.log_format)
         run_folder(settings)
-        processes = count(settings) if callable(count) else count
-        index, children = _fork(processes)
-        name = f"{process}.{index}" if processes > 1 else process
+        incarnation = Incarnation.of_environment(process, hang_seconds=settings.hang_seconds)
+        name = f"{process}.{incarnation.index}" if count(process, settings) > 1 else process
         set_up_logs(name, settings.log_level, settings.log_format)
+        RESTARTS.inc(incarnation.restarts)
         _set_deadline_on_sigterm(settings.drain_seconds + GRACE_SECONDS)
-        main(settings, index)
+        main(settings, incarnation)
         log.info("event=stopped")
     except ConfigError as error:
         print(f"loradex: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CONFIG)
-    sys.exit(children.wait())
+
+
+def count(process: str, settings: Settings) -> int:
+    """How many of a process run."""
+    counts = {"frontend": settings.frontends, "tokenizer_workers": settings.tokenizer_workers}
+    return counts.get(process, 1)
 
 
 def run_folder(settings: Settings) -> Path:
@@ -81,50 +86,3 @@ def _set_deadline_on_sigterm(seconds: float) -> None:
     signal.signal(signal.SIGALRM, expired)
     signal.signal(signal.SIGTERM, asked_to_stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
-
-
-def _fork(count: int) -> tuple[int, "_Children"]:
-    parent = os.getpid()
-    pids = []
-    for index in range(1, count):
-        pid = os.fork()
-        if pid == 0:
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != parent:
-                os._exit(1)
-            return index, _Children([])
-        pids.append(pid)
-    return 0, _Children(pids)
-
-
-class _Children:
-    """The other processes of the first: when one fails, the first ends at once with an error.
-
-    A thread waits for each. A handler of SIGCHLD would miss a child that ends before it is set,
-    or between the interpreter's last look at its signals and a wait without a limit.
-    """
-
-    def __init__(self, pids: list[int]) -> None:
-        self._draining = False
-        self._failed = 0
-        self._waiting = [
-            threading.Thread(target=self._watch, args=(pid,), daemon=True) for pid in pids
-        ]
-        for thread in self._waiting:
-            thread.start()
-
-    def wait(self) -> int:
-        """Wait until all have ended, each in its own time; returns 1 if one failed, else 0."""
-        self._draining = True
-        for thread in self._waiting:
-            thread.join()
-        return self._failed
-
-    def _watch(self, pid: int) -> None:
-        _, status = os.waitpid(pid, 0)
-        if status == 0:
-            return
-        log.error("event=child_died pid=%d status=%d", pid, status)
-        self._failed = 1
-        if not self._draining:
-            os._exit(1)

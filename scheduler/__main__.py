@@ -7,6 +7,7 @@ from typing import assert_never
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterDropped,
     AdapterFailed,
@@ -16,13 +17,17 @@ from pipeline.messages import (
     AliasesTaken,
     ArenaReady,
     Cancel,
+    EndsHeard,
     GrammarCompiled,
     ListAdapters,
+    NamesKept,
+    PeerStarted,
     Prefetch,
     ProcessReady,
     Shutdown,
     Stats,
     StepDone,
+    StillOpen,
     Submit,
     ToScheduler,
     WorkerReady,
@@ -38,10 +43,12 @@ NAME = "scheduler"
 log = logging.getLogger(__name__)
 
 
-def main(settings: Settings, index: int) -> None:
+def main(settings: Settings, incarnation: Incarnation) -> None:
     gc.disable()  # a full collection over 100,000 cached blocks would stop everybody for 10 ms
-    inbox: Inbox[ToScheduler] = Inbox(settings.run_folder(), NAME, index, ToScheduler)
-    outbox = Outbox(settings.run_folder())
+    outbox = Outbox(settings.run_folder(), incarnation)
+    inbox: Inbox[ToScheduler] = Inbox(
+        settings.run_folder(), NAME, incarnation.index, ToScheduler, outbox
+    )
     eos_token_ids = read_model_config(model_folder(settings)).eos_token_ids
     core = Scheduler(settings=settings, eos_token_ids=eos_token_ids)
     REGISTRY.register(FiguresCollector(core.figures))
@@ -51,7 +58,7 @@ def main(settings: Settings, index: int) -> None:
             tier_hits=core.tier_hits, names=core.adapter_names, slots=settings.adapter_slots
         )
     )
-    Loop(settings=settings, core=core, inbox=inbox, outbox=outbox).run()
+    Loop(settings=settings, core=core, inbox=inbox, outbox=outbox, incarnation=incarnation).run()
     outbox.close()
     inbox.close()
 
@@ -60,18 +67,27 @@ class Loop:
     """Between the core and the sockets, until every tokenizer worker has said that it is done."""
 
     def __init__(
-        self, *, settings: Settings, core: Scheduler, inbox: Inbox[ToScheduler], outbox: Outbox
+        self,
+        *,
+        settings: Settings,
+        core: Scheduler,
+        inbox: Inbox[ToScheduler],
+        outbox: Outbox,
+        incarnation: Incarnation,
     ) -> None:
         self._settings = settings
         self._core = core
         self._inbox = inbox
         self._outbox = outbox
+        self._incarnation = incarnation
         self._feeding = set(range(settings.tokenizer_workers))  # that have not said Shutdown
         self._stats_due = time.monotonic() + settings.stats_seconds
 
     def run(self) -> None:
+        self._greet()
         now = time.monotonic()
         while self._feeding or not self._core.idle:
+            self._incarnation.beat()
             messages = self._inbox.receive(self._timeout_ms(now))
             now = time.monotonic()
             for message in messages:
@@ -85,10 +101,18 @@ class Loop:
         for process in ("gpu_worker", "adapter_loader"):
             self._outbox.send(process, Shutdown(NAME))
 
+    def _greet(self) -> None:
+        """Whoever had to do with a predecessor starts over."""
+        self._outbox.greet("gpu_worker")
+        self._outbox.greet("adapter_loader")
+        self._outbox.greet("tokenizer_workers", self._settings.tokenizer_workers)
+        self._outbox.greet("frontend", self._settings.frontends)
+
     def _timeout_ms(self, now: float) -> int:
         deadline = self._core.next_deadline()
         due = self._stats_due if deadline is None else min(deadline, self._stats_due)
-        return max(0, int((due - now) * 1000) + 1)
+        wait = min(due - now, self._incarnation.beat_seconds)
+        return max(0, int(wait * 1000) + 1)
 
     def _tell(self, message: ToScheduler, now: float) -> None:
         match message:
@@ -100,6 +124,10 @@ class Loop:
                 self._core.grammar_compiled(message, now)
             case Submit():
                 self._core.submit(message, now)
+            case EndsHeard():
+                self._core.ends_heard(message, now)
+            case StillOpen():
+                self._core.still_open(message, now)
             case Cancel():
                 self._core.cancel(message, now)
             case Prefetch():
@@ -114,6 +142,8 @@ class Loop:
                 self._core.admin_command(message, now)
             case AliasesTaken():
                 self._core.aliases_taken(message)
+            case NamesKept():
+                self._core.names_kept(message)
             case ListAdapters():
                 self._core.list_adapters(message, now)
             case WorkerReady():
@@ -122,10 +152,29 @@ class Loop:
             case ArenaReady():
                 self._core.arena_ready(message)
                 self._announce()
+            case PeerStarted():
+                self._peer_started(message, now)
             case Shutdown():
                 self._feeding.discard(message.index)
             case _:
                 assert_never(message)
+
+    def _peer_started(self, message: PeerStarted, now: float) -> None:
+        """Its predecessor is dead. Workers and loader say themselves when they are ready."""
+        if not message.again:
+            return  # what it is to know has waited for it
+        match message.process:
+            case "gpu_worker":
+                self._core.worker_lost(now)
+            case "adapter_loader":
+                self._core.loader_lost()
+            case "tokenizer_workers":
+                self._core.tokenizer_started(message.index)
+            case "frontend":
+                self._core.frontend_started(message.index, now)
+                facts = self._core.facts()
+                if facts is not None:
+                    self._outbox.send("frontend", ProcessReady(NAME, facts=facts), message.index)
 
     def _announce(self) -> None:
         facts = self._core.facts()

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from pipeline.messages import AdapterCopy, AdapterKey, AdapterStaged, Failure
+from pipeline.messages import AdapterCopy, AdapterKey, AdapterStaged, Failure, Lease
 from scheduler.adapter_pool import Extent
 from scheduler.sequence import Sequence
 
@@ -29,6 +29,7 @@ class Adapter:
         "extent",
         "in_doubt",
         "kept",
+        "kept_token",
         "key",
         "last_used",
         "loading",
@@ -60,6 +61,7 @@ class Adapter:
         self.last_used = 0  # counts up over all adapters
         self.wants: list[Want] = []
         self.kept = False  # not to be evicted
+        self.kept_token: str | None = None  # with which it is loaded again, if that has to be
         self.retiring = False  # on its way out of pool and arena
 
     @property
@@ -95,6 +97,11 @@ class Adapter:
             nbytes=staged.nbytes,
             ranks=staged.ranks,
         )
+
+    def lease(self) -> Lease:
+        """Of the extent that it is staged in."""
+        assert self.staged is not None
+        return Lease(self.named, self.staged.arena_offset, self.staged.nbytes)
 
     def worth(self) -> tuple[bool, int]:
         """Of a resident one: the first to be evicted has the least."""

@@ -58,7 +58,11 @@ class AdapterPool:
 
     def holds(self, nbytes: int, *, beside: int = 0) -> bool:
         """Whether an adapter of this size fits at all, beside so many bytes that are taken."""
-        return _aligned(nbytes) + beside <= self.nbytes
+        return nbytes <= self.largest(beside=beside)
+
+    def largest(self, *, beside: int) -> int:
+        """The size of the largest adapter that fits beside so many bytes that are taken."""
+        return (self.nbytes - beside) // ALIGNMENT * ALIGNMENT
 
     def may_place(self, nbytes: int, evictable: Sequence[Extent]) -> bool:
         """Whether there are enough bytes and a slot at all once these are gone; `place` may still

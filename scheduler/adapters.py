@@ -46,6 +46,7 @@ from pipeline.messages import (
     Failure,
     FailureKind,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
     PlaceAdapter,
     Prefetch,
@@ -85,7 +86,7 @@ class Adapters:
         self,
         *,
         policy: Policy,
-        send: Callable[[LoadAdapter | ReleaseAdapter | ForgetAdapter], None],
+        send: Callable[[LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter], None],
         load_seconds: float,
         revalidate_seconds: float,
     ) -> None:
@@ -103,6 +104,7 @@ class Adapters:
         self._without_room: list[Adapter] = []  # staged, not resident
         self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
+        self._loader_is_there = False
         self._uses = 0
         self.running_bytes = 0  # of those that sequences run with
         self.evictions = 0  # for others, since the start
@@ -145,8 +147,67 @@ class Adapters:
     def is_resident(self, key: AdapterKey) -> bool:
         return key in self._resident
 
+    # --- processes that start, for the first time or again ---
+
     def worker_ready(self, *, pool_bytes: int, slots: int) -> None:
+        """Its pool is empty."""
         self._pool = AdapterPool(nbytes=pool_bytes, slots=slots)
+        self._room_may_be_found = True
+
+    def pool_lost(self, now: float) -> Failed:
+        """The worker has died, and nobody runs. To be called once those that ran wait again.
+        Returns those that fail with what cannot be had again."""
+        arriving = {placing.adapter for placing in self._arriving}
+        residents = list(self._resident.values())
+        self._pool = AdapterPool(nbytes=0, slots=0)
+        self._resident.clear()
+        self._unpinned.clear()
+        self._arriving.clear()
+        self.running_bytes = 0
+        for adapter in residents:
+            adapter.extent = None
+            adapter.pins = adapter.running = 0
+            self._shut(adapter)
+            if adapter in arriving:  # so its lease is ours still
+                self._without_room.append(adapter)
+                self._policy.block(adapter.key)
+            else:
+                adapter.staged = None
+                adapter.in_doubt = False
+        failed: Failed = []
+        for adapter in sorted(residents, key=lambda one: one.is_outdated):  # what waits for these
+            failed += self._has_lost_its_place(adapter, now)
+        return failed
+
+    def loader_lost(self) -> None:
+        """It is told nothing until another has started."""
+        self._loader_is_there = False
+        self._loads.loader_lost()
+
+    def loader_started(self) -> None:
+        """Tell it what is leased, ask for what is wanted, and have it forget what is to go."""
+        self._loader_is_there = True
+        leased = [*self._without_room, *(placing.adapter for placing in self._arriving)]
+        if leased:
+            self._tell(Leased(tuple(one.lease() for one in leased)))
+        self._loads.loader_started()
+        for adapter in self._adapter_of.values():
+            if adapter.retiring and not self._is_held(adapter):
+                self._tell(ForgetAdapter(adapter.key))
+
+    def _has_lost_its_place(self, adapter: Adapter, now: float) -> Failed:
+        """In the pool; it may be staged still. What is outdated cannot be had again."""
+        if adapter.retiring:
+            self._retire_further(adapter)
+        elif adapter.staged is not None:
+            if not adapter.is_waited_for:
+                self._give_up(adapter)
+        elif adapter.is_outdated:
+            self._forget(adapter)
+            return [(one, failures.adapter_changed(adapter.named)) for one in adapter.waiting]
+        else:
+            self._bring(adapter, now)
+        return []
 
     # --- who waits ---
 
@@ -230,13 +291,13 @@ class Adapters:
             return False
         return all(placing.adapter is not adapter for placing in self._arriving)
 
-    def keep(self, key: AdapterKey, fraction: float) -> bool:
+    def keep(self, key: AdapterKey, token: str | None, fraction: float) -> bool:
         """Do not evict this resident adapter; False if it took too much of the pool's bytes or
         slots, with what is kept already."""
         adapter = self._resident[key]
         if adapter.kept:
             return True
-        self._keep(adapter)
+        self._keep(adapter, token)
         pool = self._pool
         if self.kept_bytes > fraction * pool.nbytes or self.kept > fraction * pool.slots:
             self._unkeep(adapter)
@@ -253,8 +314,9 @@ class Adapters:
         self._room_may_be_found = True
         return True
 
-    def _keep(self, adapter: Adapter) -> None:
+    def _keep(self, adapter: Adapter, token: str | None) -> None:
         adapter.kept = True
+        adapter.kept_token = token
         self._kept.add(adapter)
 
     def _unkeep(self, adapter: Adapter) -> None:
@@ -293,7 +355,7 @@ class Adapters:
             adapter.staged = None
             adapter.in_doubt = False  # as where it has left the pool
         if not self._is_held(adapter):
-            self._send(ForgetAdapter(adapter.key))
+            self._tell(ForgetAdapter(adapter.key))
 
     def _is_held(self, adapter: Adapter) -> bool:
         """Whether it, or an older content of it, is still there or on its way."""
@@ -334,13 +396,13 @@ class Adapters:
         self._loads.answered(adapter)
         adapter.confirmed_at = adapter.asked_at
         if adapter.retiring:
-            self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+            self._tell(ReleaseAdapter(message.adapter, message.arena_offset))
             self._loads.over(adapter)
             self._retire_further(adapter)
             return True
         if adapter.staged is not None:
             if adapter.staged.content == message.content:
-                self._send(ReleaseAdapter(message.adapter, message.arena_offset))
+                self._tell(ReleaseAdapter(message.adapter, message.arena_offset))
                 self._clear(adapter)
                 return False
             adapter = self._replace(adapter)
@@ -400,30 +462,32 @@ class Adapters:
             overdue = self._policy.overdue(now)
             before = len(self._without_room)
             too_large = math.inf  # for what may be evicted for those whose turn comes first
+            room = self._room_beside_kept()
             for adapter in self._in_turn() if overdue is None else [self._adapter_of[overdue]]:
-                if not self._may_copy():
-                    break
-                if not self._can_have_room(adapter):
+                nbytes = adapter.nbytes
+                if nbytes > room:
                     failed += self._refuse(adapter)
-                elif (
-                    adapter.nbytes < too_large
-                    and (message := self._find_room(adapter, now, overdue, failed)) is not None
-                ):
-                    placements.append(message)
-                else:
-                    too_large = min(too_large, adapter.nbytes)
-                    if not adapter.is_waited_for:
-                        self._give_up(adapter)
+                    continue
+                if nbytes < too_large:
+                    message = self._find_room(adapter, now, overdue, failed)
+                    if message is not None:
+                        placements.append(message)
+                        if not self._may_copy():
+                            break
+                        room = self._room_beside_kept()
+                        continue
+                    too_large = nbytes
+                if not adapter.is_waited_for:
+                    self._give_up(adapter)
             # with these out of the way it is the others' turn
             self._room_may_be_found = len(self._without_room) < before
         self._admit()
         self._loads.ask(now)
         return placements, failed
 
-    def _can_have_room(self, adapter: Adapter) -> bool:
-        """Whether it fits beside those that are kept."""
-        pool = self._pool
-        return self.kept < pool.slots and pool.holds(adapter.nbytes, beside=self.kept_bytes)
+    def _room_beside_kept(self) -> int:
+        """The most bytes that an adapter may have to fit beside those that are kept."""
+        return self._pool.largest(beside=self.kept_bytes) if self.kept < self._pool.slots else -1
 
     def placed(self, slot: int) -> None:
         """The oldest placement is done, so the arena is not read for it any more."""
@@ -544,14 +608,10 @@ class Adapters:
         )
 
     def _evicted(self, adapter: Adapter, now: float) -> Failed:
-        """It is loaded again for those that wait. What is outdated cannot be had again."""
+        """It is loaded again for those that wait."""
         self.evictions += 1
         self._left_the_pool(adapter)
-        if adapter.is_outdated:
-            self._forget(adapter)
-            return [(one, failures.adapter_changed(adapter.named)) for one in adapter.waiting]
-        self._bring(adapter, now)
-        return []
+        return self._has_lost_its_place(adapter, now)
 
     def _take_out(self, adapter: Adapter) -> None:
         """Of the pool, for nobody in particular."""
@@ -573,8 +633,10 @@ class Adapters:
         if not adapter.is_waited_for:
             self._forget(adapter)
             return
-        if adapter.wants and adapter.asked_by is None and not adapter.retiring:
-            self._loads.load(adapter, ADMINISTRATORS, adapter.wants[0].token, now)
+        wanted = adapter.wants or adapter.kept
+        if wanted and adapter.asked_by is None and not adapter.retiring:
+            token = adapter.wants[0].token if adapter.wants else adapter.kept_token
+            self._loads.load(adapter, ADMINISTRATORS, token, now)
         for tenant in {sequence.tenant: None for sequence in adapter.waiting}:
             self._loads.want(adapter, tenant, now)
 
@@ -648,7 +710,7 @@ class Adapters:
         adapter.waiting = outdated.not_started()
         if outdated.kept:
             self._unkeep(outdated)
-            self._keep(adapter)
+            self._keep(adapter, outdated.kept_token)
         adapter.wants, outdated.wants = outdated.wants, []
         self._outdate(outdated)
         self._adapter_of[adapter.key] = adapter
@@ -700,7 +762,12 @@ class Adapters:
 
     def _release(self, adapter: Adapter) -> None:
         assert adapter.staged is not None
-        self._send(ReleaseAdapter(adapter.named, adapter.staged.arena_offset))
+        self._tell(ReleaseAdapter(adapter.named, adapter.staged.arena_offset))
+
+    def _tell(self, message: Leased | ReleaseAdapter | ForgetAdapter) -> None:
+        """The loader, if there is one; one that starts hears what holds then."""
+        if self._loader_is_there:
+            self._send(message)
 
     def _touch(self, adapter: Adapter) -> None:
         self._uses += 1

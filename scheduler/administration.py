@@ -24,6 +24,7 @@ from pipeline.messages import (
     Aliases,
     AliasesTaken,
     Failure,
+    NamesKept,
 )
 from scheduler import failures
 from scheduler.adapters import Adapters
@@ -97,6 +98,19 @@ class Administration:
     def command(self, message: AdminCommand, now: float) -> None:
         self._running.append(_Running(message, self._steps(message)))
         self.advance(now)
+
+    def frontend_started(self, frontend: int) -> None:
+        """It knows no name yet."""
+        self._taken[frontend] = 0
+        if self._version:
+            self._send(frontend, Aliases(self._version, dict(self._key_of)))
+
+    def names_kept(self, message: NamesKept) -> None:
+        """A frontend has the names of a predecessor of this scheduler; older ones are of no use."""
+        if message.version >= self._version:
+            self._version = message.version
+            self._key_of = {**message.names, **self._key_of}
+            self._taken[message.frontend] = message.version
 
     def aliases_taken(self, message: AliasesTaken) -> None:
         self._taken[message.frontend] = message.version
@@ -216,13 +230,13 @@ class Administration:
             if want.failure is not None:
                 raise Refused(want.failure)
             if keep:
-                self._keep(key)
+                self._keep(key, command.adapter_token)
         finally:
             self._adapters.unwant(want)
 
-    def _keep(self, key: AdapterKey) -> None:
+    def _keep(self, key: AdapterKey, token: str | None) -> None:
         adapters = self._adapters
-        if not adapters.keep(key, self._pinned_fraction):
+        if not adapters.keep(key, token, self._pinned_fraction):
             pinned = (adapters.kept, adapters.kept_bytes)
             raise Refused(failures.too_much_pinned(key, *pinned, self._pinned_fraction))
 

@@ -13,9 +13,9 @@ class Batch:
     """Who runs, from the oldest to the latest. Rows are given again as soon as they are free; the
     worker is told of freed ones with the next step."""
 
-    def __init__(self, *, rows: int, kv: KvBlocks, chunk_tokens: int) -> None:
+    def __init__(self, *, rows: int, kv: KvBlocks, chunk_tokens: int, preemptions: int = 0) -> None:
         self.kv = kv
-        self.preemptions = 0
+        self.preemptions = preemptions  # since the start
         self._chunk_tokens = chunk_tokens
         self._free_rows = list(range(rows - 1, -1, -1))
         self._rows_to_free: list[int] = []  # to be told to the worker
@@ -125,6 +125,14 @@ class Batch:
         self._rows_to_free.append(sequence.row)
         discard(self._running, sequence)
         discard(self._prefilling, sequence)
+
+    def give_up(self) -> list[Sequence]:
+        """Those that run, who lose row and blocks: they are a dead worker's."""
+        running, self._running = self._running, []
+        self._prefilling.clear()
+        for sequence in running:
+            sequence.table = None
+        return running
 
     def _grow(self, sequence: Sequence, plan: StepPlan, preempted: list[Sequence]) -> bool:
         """One more block, at the cost of the latest; False if that was the sequence itself."""

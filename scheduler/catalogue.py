@@ -68,6 +68,13 @@ class Catalogue:
         known.rank = max(unpack_ranks(message.ranks), default=0)
         self._forget_some()
 
+    def arena_is_new(self) -> None:
+        """Nothing is to be found in it again."""
+        for known in self._known.values():
+            known.in_arena = False
+        self._in_arena = 0
+        self._forget_some()
+
     def dropped(self, key: AdapterKey) -> None:
         """It has left the arena."""
         known = self._known.get(key)
@@ -77,7 +84,6 @@ class Catalogue:
             self._forget_some()
 
     def _forget_some(self) -> None:
-        if len(self._known) - self._in_arena <= self._most:
-            return
-        oldest = next(key for key, known in self._known.items() if not known.in_arena)
-        del self._known[oldest]
+        while len(self._known) - self._in_arena > self._most:
+            oldest = next(key for key, known in self._known.items() if not known.in_arena)
+            del self._known[oldest]

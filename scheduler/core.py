@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping
 from pipeline.config import Settings
 from pipeline.embeddings import is_finite, split
 from pipeline.messages import (
+    GONE,
+    REQUEST_BITS,
     AdapterDescription,
     AdapterDropped,
     AdapterFailed,
@@ -30,20 +32,26 @@ from pipeline.messages import (
     ArenaReady,
     AttachArena,
     Cancel,
+    EndsHeard,
     Failure,
     Finished,
     FinishReason,
     GrammarCompiled,
+    Heard,
     ListAdapters,
     Message,
+    NamesKept,
     PlaceAdapter,
     Prefetch,
+    PromptLogprobs,
     Span,
     Spans,
     Step,
     StepDone,
+    StillOpen,
     Submit,
     Tier,
+    Usage,
     WorkerReady,
 )
 from scheduler import failures
@@ -55,8 +63,8 @@ from scheduler.fair_share import FairShare
 from scheduler.figures import Figures
 from scheduler.grammars import Grammars
 from scheduler.kv_blocks import KvBlocks
-from scheduler.policy import Policy
-from scheduler.reply import Reply
+from scheduler.listeners import NOBODY, Listeners
+from scheduler.policy import Policy, by_order
 from scheduler.sequence import Sequence
 from scheduler.step_cost import StepCost
 from scheduler.step_plan import Flight, StepPlan
@@ -64,6 +72,7 @@ from scheduler.timings import Timings
 from scheduler.token_logprobs import StepLogprobs
 
 MAX_STEPS_IN_FLIGHT = 2
+TOKEN_BYTES = 4
 
 Envelope = tuple[str, int, Message]  # destination process, its index, what it gets
 
@@ -84,7 +93,7 @@ class Scheduler:
         self._settings = settings
         self._eos = frozenset(eos_token_ids)
         self._outbox: list[Envelope] = []
-        self._replies = [Reply() for _ in range(settings.tokenizer_workers)]
+        self._listeners = Listeners(settings.tokenizer_workers)
         self._policy = policy or FairShare(
             max_overtaking_seconds=settings.max_overtaking_seconds,
             max_tenant_running=settings.max_tenant_running,
@@ -127,29 +136,82 @@ class Scheduler:
     # --- what happened ---
 
     def worker_ready(self, message: WorkerReady, now: float) -> None:
+        """The worker has started, and its device holds nothing of ours."""
         self._worker = message
         self._step_tokens = message.step_tokens
         self._batch = self._new_batch(
-            rows=message.rows, kv_blocks=message.kv_blocks, block_tokens=message.block_tokens
+            rows=message.rows,
+            kv_blocks=message.kv_blocks,
+            block_tokens=message.block_tokens,
+            preemptions=self._batch.preemptions,
         )
+        self._grammars.worker_ready()
         self._adapters.worker_ready(
             pool_bytes=message.adapter_pool_bytes, slots=message.adapter_slots
         )
-        self._grammars.worker_ready()
         for sequence in list(self._sequence_of.values()):
             if not sequence.ended:  # with another that it followed
                 self._check_fits(sequence, now)
         self._attach_arena()
 
+    def worker_lost(self, now: float) -> None:
+        """It has died: nothing more is heard from it, until another is ready. All that ran waits
+        to run again, as after a preemption."""
+        self._worker = None
+        ran = self._take_back()
+        self._batch = self._new_batch(
+            rows=0, kv_blocks=0, block_tokens=1, preemptions=self._batch.preemptions
+        )
+        self._grammars.worker_lost()
+        self._wait_anew(ran, now)
+        for sequence, failure in self._adapters.pool_lost(now):
+            self._fail(sequence, failure, now)
+
     def arena_ready(self, message: ArenaReady) -> None:
+        """The loader has started; perhaps after another, whose leases it has to honour."""
         self._arena = message
+        self._catalogue.arena_is_new()
+        self._adapters.loader_started()
         self._attach_arena()
+
+    def loader_lost(self) -> None:
+        """It has died: nothing more is heard from it, until another is ready."""
+        self._adapters.loader_lost()
+
+    def frontend_started(self, frontend: int, now: float) -> None:
+        """A frontend was started again; nobody waits for what its predecessor had asked for."""
+        self._administration.frontend_started(frontend)
+        running = [one for one in self._sequence_of if one >> REQUEST_BITS == frontend]
+        for request_id in running + self._listeners.kept_of(frontend):
+            self.cancel(Cancel(request_id), now)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
         self._adapters.prefetch(message, now)
 
+    def tokenizer_started(self, worker: int) -> None:
+        """A tokenizer worker was started again; from its predecessor nothing more is heard."""
+        self._listeners.started(worker, self._sequence_of.values())
+
+    def still_open(self, message: StillOpen, now: float) -> None:
+        """What its predecessors may have been told to cancel is cancelled."""
+        open_ids = frozenset(message.request_ids)
+        for request_id in self._listeners.orphans(message.worker, message.frontend):
+            if request_id not in open_ids:
+                self.cancel(Cancel(request_id), now)
+
+    def ends_heard(self, message: EndsHeard, now: float) -> None:
+        for request_id in message.request_ids:
+            self.cancel(Cancel(request_id), now)  # its worker may have ended it, and says so later
+
     def submit(self, message: Submit, now: float) -> None:
-        sequence = self._take(message, now)
+        choices: Iterable[int] = range(message.choices)
+        if message.heard is not None:
+            choices = self._resume(message, message.heard)
+        if choices:
+            self._begin(message, choices, now)
+
+    def _begin(self, message: Submit, choices: Iterable[int], now: float) -> None:
+        sequence = self._take(message, choices, now)
         self._wait_to_start(sequence)
         may_start = self._grammars.join(sequence)
         for follower in sequence.followers:
@@ -172,9 +234,17 @@ class Scheduler:
     def cancel(self, message: Cancel, now: float) -> None:
         sequence = self._sequence_of.get(message.request_id)
         if sequence is None:
+            if not message.stopped:
+                self._listeners.forget(message.request_id)
             return
         followers = sequence.followers
         self._remove(sequence)
+        if message.stopped:
+            usage = sequence.usage(now)
+            end = Finished(sequence.request_id, FinishReason.STOP, usage)
+            self._listeners.keep(sequence, end)
+        else:
+            self._listeners.forget(sequence.request_id)
         if followers:
             self._succeed(followers, now)
 
@@ -195,6 +265,9 @@ class Scheduler:
 
     def aliases_taken(self, message: AliasesTaken) -> None:
         self._administration.aliases_taken(message)
+
+    def names_kept(self, message: NamesKept) -> None:
+        self._administration.names_kept(message)
 
     def list_adapters(self, message: ListAdapters, now: float) -> None:
         running = Counter(one.named for one in self._sequence_of.values() if one.table is not None)
@@ -225,8 +298,8 @@ class Scheduler:
         self._cost.learn(flight.work, now - max(flight.sent, self._step_done_at))
         since_last, self._step_done_at = now - self._step_done_at, now
         logprobs = StepLogprobs(flight, message.logprobs)
-        for worker, prompt in logprobs.prompts:
-            self._outbox.append(("tokenizer_workers", worker, prompt))
+        for sequence, rows in logprobs.prompts:
+            self._tell_prompt(sequence, rows)
         self._policy.produced(flight.sampled)
         token_ids = array("i", message.token_ids)
         dropped = self._take_tokens(flight.sampled, token_ids, logprobs.of_sampled, now)
@@ -341,6 +414,7 @@ class Scheduler:
         return Figures(
             requests_running=len(self._batch),
             requests_waiting=len(self._sequence_of) - len(self._batch),
+            replies_kept=self._listeners.kept,
             kv_blocks_used=self._batch.kv.used,
             kv_blocks_total=self._batch.kv.total,
             kv_block_tokens=self._batch.kv.block_tokens,
@@ -408,7 +482,7 @@ class Scheduler:
     ) -> int:
         """Runs for each token that is produced, so it looks at little. Returns how many came for
         those that had ended."""
-        replies = self._replies
+        replies = self._listeners.replies
         dropped = 0
         for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
             if sequence.ended:
@@ -424,6 +498,7 @@ class Scheduler:
             reply.token_ids.append(token)
             if logprobs and index in logprobs:
                 reply.logprobs[len(reply.request_ids) - 1] = logprobs[index]
+                sequence.logprob_rows.append(logprobs[index])
             if token in sequence.eos:
                 self._finish(sequence, FinishReason.EOS, now)
             elif len(known) >= sequence.notice_at:
@@ -459,12 +534,16 @@ class Scheduler:
             self.timings.between_tokens.add(now - sequence.interrupted)
         sequence.interrupted = None
 
+    def _tell_prompt(self, sequence: Sequence, rows: list[bytes]) -> None:
+        if sequence.worker != NOBODY:
+            message = PromptLogprobs(sequence.request_id, rows)
+            self._outbox.append(("tokenizer_workers", sequence.worker, message))
+
     def _flush(self) -> None:
-        for worker, reply in enumerate(self._replies):
-            message = reply.take()
-            if message is not None:
-                self._generated += len(message.token_ids)
-                self._outbox.append(("tokenizer_workers", worker, message))
+        said, tokens = self._listeners.take()
+        self._generated += tokens
+        for worker, message in said:
+            self._outbox.append(("tokenizer_workers", worker, message))
 
     # --- starts ---
 
@@ -516,26 +595,79 @@ class Scheduler:
             self._adapters.join(sequence, now)
         self._unpin(sequence)  # last, as in step_done
 
-    def _new_batch(self, *, rows: int, kv_blocks: int, block_tokens: int) -> Batch:
+    def _new_batch(
+        self, *, rows: int, kv_blocks: int, block_tokens: int, preemptions: int = 0
+    ) -> Batch:
         kv = KvBlocks(
             blocks=kv_blocks,
             block_tokens=block_tokens,
             prefix_cache=self._settings.prefix_cache,
         )
         chunk_tokens = self._settings.prefill_chunk_tokens or self._step_tokens
-        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens)
+        return Batch(rows=rows, kv=kv, chunk_tokens=chunk_tokens, preemptions=preemptions)
 
     def _attach_arena(self) -> None:
         if self._worker is not None and self._arena is not None:
             attach = AttachArena(self._arena.path, self._arena.nbytes)
             self._outbox.append(("gpu_worker", 0, attach))
 
+    # --- requests of a tokenizer worker that has died ---
+
+    def _resume(self, message: Submit, heard: Heard) -> list[int]:
+        """Its worker hears what came of it, and what is to come; gives the choices that are not
+        known here and are to begin."""
+        unknown = []
+        for choice, tokens in enumerate(heard):
+            request_id = message.request_id + choice
+            if tokens == GONE:
+                continue
+            running = self._sequence_of.get(request_id)
+            resumed = self._listeners.resume(request_id, running, message.worker)
+            if resumed is not None:
+                self._outbox.append(("tokenizer_workers", message.worker, resumed))
+            elif tokens:
+                self._lost(message, request_id)
+            else:
+                unknown.append(choice)
+        return unknown
+
+    def _lost(self, message: Submit, request_id: int) -> None:
+        """Its client has the beginning of a reply that cannot be gone on with."""
+        usage = Usage(len(message.token_ids) // TOKEN_BYTES, 0)
+        end = Finished(request_id, FinishReason.ERROR, usage, failures.reply_is_lost())
+        self._listeners.replies[message.worker].finished.append(end)
+
+    # --- a worker that has died ---
+
+    def _take_back(self) -> list[Sequence]:
+        """All that runs, and what was in flight to it. Tokens that were told stay as they are."""
+        ran = sorted([*self._batch.give_up(), *self._resting], key=by_order)
+        for sequence in ran:
+            sequence.extent = None
+            if sequence.interrupted is None:
+                sequence.interrupted = self._step_done_at
+        self._resting.clear()
+        self._flights.clear()
+        self._placements.clear()
+        return ran
+
+    def _wait_anew(self, ran: list[Sequence], now: float) -> None:
+        """For those that have run, and for grammars, which no worker has compiled now."""
+        for sequence in list(self._sequence_of.values()):
+            if sequence.grammar and sequence.leader is None and not self._grammars.waits(sequence):
+                if sequence not in ran:
+                    self._adapters.leave(sequence)
+                self._grammars.wait(sequence)
+        for sequence in ran:
+            if not sequence.grammar:
+                self._adapters.join(sequence, now)
+
     # --- several choices of a prompt: the first computes it, the others find it in the cache ---
 
-    def _take(self, message: Submit, now: float) -> Sequence:
-        """The sequence of the first choice; the others follow it."""
+    def _take(self, message: Submit, choices: Iterable[int], now: float) -> Sequence:
+        """The sequence of the first of these choices; the others follow it."""
         sequences = []
-        for choice in range(message.choices):
+        for choice in choices:
             self._submitted += 1
             one = Sequence(message, order=self._submitted, eos=self._eos, choice=choice, now=now)
             self._sequence_of[one.request_id] = one
@@ -591,9 +723,10 @@ class Scheduler:
         if sequence.produced:
             self._time_first_token(sequence, now)
         self._remove(sequence)
-        self._replies[sequence.worker].finished.append(
-            Finished(sequence.request_id, reason, sequence.usage(now), failure, embedding)
-        )
+        usage = sequence.usage(now)
+        finished = Finished(sequence.request_id, reason, usage, failure, embedding)
+        self._listeners.replies[sequence.worker].finished.append(finished)
+        self._listeners.keep(sequence, finished)
         for follower in list(followers):  # it failed before its prompt was done, and they with it
             self._finish(follower, reason, now, failure)
 

@@ -72,6 +72,13 @@ def not_finite(what: str, adapter: AdapterKey | None) -> Failure:
     )
 
 
+def reply_is_lost() -> Failure:
+    """A reply that had begun is asked for again by somebody, and not known here."""
+    return Failure(
+        500, FailureKind.INTERNAL, "the server lost the reply before it was complete; please retry"
+    )
+
+
 def no_grammar(error: str) -> Failure:
     return Failure(422, FailureKind.GRAMMAR, error)
 

@@ -8,6 +8,7 @@ class Figures(msgspec.Struct, frozen=True):
 
     requests_running: int
     requests_waiting: int
+    replies_kept: int
     kv_blocks_used: int
     kv_blocks_total: int
     kv_block_tokens: int

@@ -38,9 +38,17 @@ class Grammars:
     def worker_ready(self) -> None:
         """A worker that has compiled nothing yet."""
         self._worker_is_ready = True
-        for source, grammar in self._grammar_of.items():
+        for grammar_id, source in self._source_of.items():
+            self._send(CompileGrammar(grammar_id, source))
+
+    def worker_lost(self) -> None:
+        """Nothing is compiled any more: those that were not to wait are to `wait` again."""
+        self._worker_is_ready = False
+        for source, grammar in list(self._grammar_of.items()):
             grammar.is_compiled = False
-            self._send(CompileGrammar(grammar.grammar_id, source))
+            if not grammar.users:
+                del self._grammar_of[source]
+                del self._source_of[grammar.grammar_id]
 
     def join(self, sequence: Sequence) -> bool:
         """A new sequence: whether it may start. If not, it waits, and `compiled` gives it back."""
@@ -66,6 +74,10 @@ class Grammars:
         if not grammar.is_compiled:
             grammar.waiting.append(sequence)
         return grammar.is_compiled
+
+    def waits(self, sequence: Sequence) -> bool:
+        """Whether it waits here."""
+        return sequence in self._grammar_of[sequence.grammar].waiting
 
     def compiled(self, grammar_id: int) -> list[Sequence]:
         """The worker has it: those that waited for it may start."""

@@ -16,7 +16,7 @@ MAX_LOADS = 32  # of one tenant that are loading, or staged and without room
 
 
 class Loads:
-    """What has been asked, and what is to be. `send` tells the loader."""
+    """What has been asked, and what is to be. `send` tells the loader, once there is one."""
 
     def __init__(
         self, *, policy: Policy, send: Callable[[LoadAdapter], None], load_seconds: float
@@ -28,6 +28,8 @@ class Loads:
         self._loads: Counter[str] = Counter()  # as MAX_LOADS counts them, by tenant
         self._have_fewer: set[str] = set()  # tenants, than before
         self._deadline_of: dict[AdapterKey, float] = {}  # of answers; soonest first
+        self._unanswered: dict[AdapterKey, LoadAdapter] = {}
+        self._loader_is_there = False
 
     # --- who wants what ---
 
@@ -96,10 +98,23 @@ class Loads:
         adapter.loading = True
         adapter.asked_at = now
         self._deadline_of[adapter.key] = now + self._load_seconds
-        self._send(LoadAdapter(adapter.key, token, trace))
+        message = self._unanswered[adapter.key] = LoadAdapter(adapter.key, token, trace)
+        if self._loader_is_there:
+            self._send(message)
+
+    def loader_lost(self) -> None:
+        """It is asked nothing until another has started."""
+        self._loader_is_there = False
+
+    def loader_started(self) -> None:
+        """It was asked nothing before; its predecessor will answer nothing more."""
+        self._loader_is_there = True
+        for message in self._unanswered.values():
+            self._send(message)
 
     def answered(self, adapter: Adapter) -> None:
         adapter.loading = False
+        self._unanswered.pop(adapter.key, None)
         self._deadline_of.pop(adapter.key, None)
         for tenant in {sequence.tenant for sequence in adapter.waiting}:
             self._not_wanted(adapter, tenant)

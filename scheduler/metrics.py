@@ -19,6 +19,7 @@ MAX_NAMED = 256  # adapters in one label
 
 GAUGES = {
     "requests_running": "Sequences that have a row",
+    "replies_kept": "Replies that have ended and whose end no frontend is known to have heard of",
     "requests_waiting": "Requests that wait for an adapter, a row or KV blocks",
     "kv_blocks_used": "KV blocks that running sequences hold",
     "kv_blocks_total": "KV blocks there are",

@@ -9,17 +9,16 @@ class Reply:
     __slots__ = ("finished", "logprobs", "request_ids", "token_ids")
 
     def __init__(self) -> None:
+        self._clear()
+
+    def take(self) -> Tokens:
+        """The message; then starts anew."""
+        message = Tokens(self.request_ids, self.token_ids, self.logprobs, tuple(self.finished))
+        self._clear()
+        return message
+
+    def _clear(self) -> None:
         self.request_ids: list[int] = []
         self.token_ids: list[int] = []
         self.logprobs: dict[int, bytes] = {}
         self.finished: list[Finished] = []
-
-    def take(self) -> Tokens | None:
-        """The message, or None if there is nothing to say; then starts anew."""
-        if not self.request_ids and not self.finished:
-            return None
-        message = Tokens(
-            self.request_ids, self.token_ids, self.logprobs, finished=tuple(self.finished)
-        )
-        self.request_ids, self.token_ids, self.logprobs, self.finished = [], [], {}, []
-        return message

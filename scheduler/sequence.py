@@ -5,7 +5,15 @@ from array import array
 import msgspec
 
 from pipeline.choices import seed_of
-from pipeline.messages import Logprobs, PoolingKind, Sampling, Submit, Usage
+from pipeline.messages import (
+    Finished,
+    Logprobs,
+    PoolingKind,
+    Resumed,
+    Sampling,
+    Submit,
+    Usage,
+)
 from scheduler.adapter_pool import Extent
 from scheduler.kv_blocks import NEVER, PageTable
 
@@ -40,12 +48,14 @@ class Sequence:
         "interrupted",
         "last_fed",
         "leader",
+        "logprob_rows",
         "logprobs",
         "named",
         "notice_at",
         "order",
         "pooling",
         "prefill_end",
+        "prompt_logprob_rows",
         "prompt_tokens",
         "request_id",
         "resume_after",
@@ -71,7 +81,7 @@ class Sequence:
         now: float = 0.0,
     ) -> None:
         self.request_id = submit.request_id + choice
-        self.worker = submit.worker
+        self.worker = submit.worker  # index of the tokenizer worker that hears of it
         self.arrived = submit.arrived
         self.named = submit.adapter
         self.adapter = submit.adapter  # or that of the outdated content it has started with
@@ -95,6 +105,8 @@ class Sequence:
         self.leader: Sequence | None = None  # whose prompt it waits for, which is its own
         self.followers: list[Sequence] = []  # that wait for its prompt
         self.scored = 0  # tokens of its prompt that have given the log-probability of the next
+        self.prompt_logprob_rows: list[bytes] = []  # which is in these, if it was wanted
+        self.logprob_rows: list[bytes] = []  # of what is produced, if they are wanted
 
         self.row = -1  # while it runs: its row of the worker's table
         self.table: PageTable | None = None  # while it runs: its KV blocks
@@ -135,6 +147,17 @@ class Sequence:
         if self.pooling is not None and self.pooling.kind is PoolingKind.MEAN:
             return 0
         return NEVER
+
+    def resumed(self, finished: Finished | None = None) -> Resumed:
+        """All that it has said, and its end, for a tokenizer worker that has not heard it."""
+        return Resumed(
+            request_id=self.request_id,
+            token_ids=self.token_ids[self.prompt_tokens :].tobytes(),
+            logprobs=self.logprob_rows[:],
+            prompt_logprobs=self.prompt_logprob_rows[:],
+            first_token=self.first_token or 0.0,
+            finished=finished,
+        )
 
     def usage(self, now: float) -> Usage:
         started = now if self.started is None else self.started

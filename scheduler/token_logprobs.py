@@ -1,7 +1,7 @@
 """Whose the log-probabilities are that a step has given: rows of pipeline.logprobs."""
 
 from pipeline.logprobs import split
-from pipeline.messages import PromptLogprobs
+from scheduler.sequence import Sequence
 from scheduler.step_plan import Flight
 
 
@@ -12,7 +12,7 @@ class StepLogprobs:
 
     def __init__(self, flight: Flight, logprobs: bytes) -> None:
         self.of_sampled: dict[int, bytes] = {}  # by index of flight.sampled
-        self.prompts: list[tuple[int, PromptLogprobs]] = []  # to which tokenizer worker
+        self.prompts: list[tuple[Sequence, list[bytes]]] = []  # rows that were not known
         if not logprobs:
             return
         wanting = [at for at, one in enumerate(flight.sampled) if one.logprobs is not None]
@@ -31,4 +31,5 @@ class StepLogprobs:
             if not fresh:
                 continue
             sequence.scored = start + count
-            self.prompts.append((sequence.worker, PromptLogprobs(sequence.request_id, fresh)))
+            sequence.prompt_logprob_rows += fresh
+            self.prompts.append((sequence, fresh))

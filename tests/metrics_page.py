@@ -7,6 +7,7 @@ import msgspec
 PAGE = Path(__file__).parent.parent / "docs" / "metrics.md"
 ADDED_ON_THE_WAY = frozenset({"process", "index"})  # to every sample, by pipeline.metrics
 PROCESSES = ("frontend", "tokenizer_workers", "scheduler", "adapter_loader", "gpu_worker")
+EVERY = "Every process"
 ALIASES = "\n## Names of other servers\n"
 OF_HISTOGRAMS = frozenset({"le"})
 
@@ -33,7 +34,7 @@ def rows() -> dict[str, dict[str, Row]]:
     for line in PAGE.read_text().splitlines():
         if line.startswith("## "):
             process = line.removeprefix("## ")
-        elif process in PROCESSES and line.startswith("| `"):
+        elif process in (EVERY, *PROCESSES) and line.startswith("| `"):
             _, name, kind, labels, meaning, _ = (cell.strip() for cell in line.split("|"))
             assert meaning, f"{name} has no meaning"
             tables.setdefault(process, {})[name.strip("`")] = Row(kind, frozenset(_names(labels)))

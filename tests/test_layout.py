@@ -65,15 +65,19 @@ PURE = (
     "tokenizer_workers/checked_grammars.py",
     "tokenizer_workers/core.py",
     "tokenizer_workers/decode.py",
+    "tokenizer_workers/known_texts.py",
+    "tokenizer_workers/own_texts.py",
     "tokenizer_workers/renderings.py",
     "tokenizer_workers/stop_strings.py",
     "tokenizer_workers/token_table.py",
     "tokenizer_workers/tool_calls.py",
     "tokenizer_workers/tool_formats.py",
     "tokenizer_workers/tool_messages.py",
+    "tokenizer_workers/turns.py",
     "adapter_loader/core.py",
     "adapter_loader/arena_space.py",
     "adapter_loader/recent_failures.py",
+    "adapter_loader/text_questions.py",
     "adapter_loader/traces.py",
     "gpu_worker/prefill_traces.py",
     "frontend/streams.py",
@@ -131,8 +135,9 @@ def test_no_installed_distribution_owns_a_name_of_ours() -> None:
 
 
 def test_each_process_is_a_folder_a_module_and_a_line_of_the_procfile() -> None:
+    start = "exec python -m pipeline.keep_alive"
     lines = (ROOT / "procfile").read_text().splitlines()
-    assert sorted(lines) == sorted(f"{name}: exec python -m {name}" for name in PROCESSES)
+    assert sorted(lines) == sorted(f"{name}: {start} {name}" for name in PROCESSES)
     for name in PROCESSES:
         assert (ROOT / name / "__main__.py").is_file()
 

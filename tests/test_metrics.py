@@ -10,6 +10,7 @@ import adapter_loader.metrics
 import adapter_loader.packing_processes
 import adapter_loader.remote.disk_cache
 import frontend.metrics
+import pipeline.process
 import tokenizer_workers.__main__
 from adapter_loader.core import Core
 from frontend.metric_aliases import LORAX, UNTYPED, VLLM, Alias, Computed, Facts
@@ -34,6 +35,7 @@ def collectors() -> dict[str, list[Collector]]:
         adapter_loader.remote.disk_cache,
     )
     return {
+        "Every process": found_in(pipeline.process),
         "frontend": found_in(frontend.metrics),
         "tokenizer_workers": found_in(tokenizer_workers.__main__),
         "scheduler": [

@@ -3,9 +3,14 @@
 Inputs are methods named after what happened; take_outbox empties what is to be sent. Each prompt
 is answered by exactly one End, unless its frontend cancels it. A frontend is known by its
 requests: it is request_id >> REQUEST_BITS.
+
+A worker that takes the place of one that died is sent its prompts again, and by the scheduler all
+tokens of each. What it makes of these is what its predecessor made of them, so that it says again
+only what comes after those that the frontend has heard of.
 """
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -13,13 +18,17 @@ import msgspec
 from pipeline.choices import request_ids
 from pipeline.errors import RequestError
 from pipeline.messages import (
+    GONE,
     REQUEST_BITS,
+    AdapterTexts,
+    AskTexts,
     Cancel,
     End,
     Failure,
     FailureKind,
     Finished,
     FinishReason,
+    ForgetTexts,
     GrammarChecked,
     Piece,
     Pieces,
@@ -27,9 +36,12 @@ from pipeline.messages import (
     PromptDetails,
     PromptLogprobs,
     Rendered,
+    Resumed,
     Shutdown,
+    StillOpen,
     Submit,
     TokenDetail,
+    TokenizerCompared,
     Tokens,
     ToolCallPart,
     Usage,
@@ -38,11 +50,18 @@ from tokenizer_workers.checked_grammars import CheckedGrammars
 from tokenizer_workers.decode import TextDecoder
 from tokenizer_workers.details import PromptTokens, Vocabulary
 from tokenizer_workers.encode import Encoded
-from tokenizer_workers.renderings import Renderings, as_text
+from tokenizer_workers.known_texts import KnownTexts, Ready, ToCompare, refusal
+from tokenizer_workers.own_texts import NOTHING, OwnTexts
+from tokenizer_workers.renderings import Renderings, ToRender, as_text
 from tokenizer_workers.stop_strings import StopStrings
 from tokenizer_workers.tool_calls import Said, ToolCallParser
 
 PROCESS = "tokenizer_workers"
+CUT_OFF = Failure(
+    503,
+    FailureKind.INTERNAL,
+    "a process of the server died before the reply was complete; the request may be sent again",
+)
 
 
 class ToPeer(msgspec.Struct, frozen=True):
@@ -50,7 +69,7 @@ class ToPeer(msgspec.Struct, frozen=True):
 
     process: str
     index: int
-    message: Submit | Cancel | Shutdown | PromptDetails | Pieces
+    message: Submit | Cancel | StillOpen | Shutdown | PromptDetails | Pieces
 
 
 class _Outgoing:
@@ -60,30 +79,34 @@ class _Outgoing:
 
     def __init__(self) -> None:
         self.prompts: list[PromptDetails] = []
-        self.texts: dict[int, str] = {}  # request_id -> its text since the last message
-        self.tool_calls: dict[int, list[ToolCallPart]] = {}
-        self.details: dict[int, list[TokenDetail]] = {}
+        self.texts: dict[_Request, str] = {}  # since the last message
+        self.tool_calls: dict[_Request, list[ToolCallPart]] = {}
+        self.details: dict[_Request, list[TokenDetail]] = {}
         self.ends: list[End] = []
 
-    def add(self, request_id: int, text: str) -> None:
-        self.texts[request_id] = self.texts.get(request_id, "") + text
+    def add(self, request: "_Request", text: str) -> None:
+        self.texts[request] = self.texts.get(request, "") + text
 
-    def detail(self, request_id: int, detail: TokenDetail) -> None:
-        self.details.setdefault(request_id, []).append(detail)
-        self.texts.setdefault(request_id, "")  # so that a piece carries it
+    def detail(self, request: "_Request", detail: TokenDetail) -> None:
+        self.details.setdefault(request, []).append(detail)
+        self.texts.setdefault(request, "")  # so that a piece carries it
 
-    def say(self, request_id: int, said: Said) -> None:
+    def say(self, request: "_Request", said: Said) -> None:
         if said.text:
-            self.add(request_id, said.text)
+            self.add(request, said.text)
         if said.parts:
-            self.tool_calls.setdefault(request_id, []).extend(said.parts)
-            self.texts.setdefault(request_id, "")
+            self.tool_calls.setdefault(request, []).extend(said.parts)
+            self.texts.setdefault(request, "")
 
-    def forget(self, request_id: int) -> None:
-        self.texts.pop(request_id, None)
-        self.tool_calls.pop(request_id, None)
-        self.details.pop(request_id, None)
-        self.prompts = [one for one in self.prompts if one.request_id != request_id]
+    def unsay(self, request: "_Request") -> None:
+        """What it has said since the last message is not sent."""
+        self.texts.pop(request, None)
+        self.tool_calls.pop(request, None)
+        self.details.pop(request, None)
+
+    def forget(self, request: "_Request") -> None:
+        self.unsay(request)
+        self.prompts = [one for one in self.prompts if one.request_id != request.request_id]
 
     def take(self) -> Pieces | None:
         if not (self.texts or self.ends):
@@ -91,16 +114,20 @@ class _Outgoing:
         if self.details or self.tool_calls:
             pieces = [
                 Piece(
-                    request_id,
+                    request.request_id,
                     text,
-                    tuple(self.details.get(request_id, ())),
-                    tuple(self.tool_calls.get(request_id, ())),
+                    tuple(self.details.get(request, ())),
+                    tuple(self.tool_calls.get(request, ())),
+                    request.completion_tokens,
                 )
-                for request_id, text in self.texts.items()
+                for request, text in self.texts.items()
             ]
             self.details, self.tool_calls = {}, {}
         else:
-            pieces = [Piece(request_id, text) for request_id, text in self.texts.items()]
+            pieces = [
+                Piece(request.request_id, text, (), (), request.completion_tokens)
+                for request, text in self.texts.items()
+            ]
         message = Pieces(pieces, tuple(self.ends))
         self.texts = {}
         self.ends = []
@@ -115,11 +142,13 @@ class _Request:
         "completion_tokens",
         "decoder",
         "first_token_at",
+        "heard",
         "outgoing",
         "parser",
         "prompt",
         "prompt_text",
         "prompt_tokens",
+        "request_id",
         "stop",
         "token_decoder",
         "top",
@@ -127,8 +156,10 @@ class _Request:
 
     def __init__(
         self,
+        request_id: int,
         *,
         outgoing: _Outgoing,
+        heard: int,
         arrived: float,
         prompt_tokens: int,
         decoder: TextDecoder,
@@ -137,7 +168,9 @@ class _Request:
         top: int,
         parser: ToolCallParser | None,
     ) -> None:
+        self.request_id = request_id
         self.outgoing = outgoing
+        self.heard = heard  # tokens whose text the frontend has had from a predecessor
         self.parser = parser
         self.arrived = arrived
         self.prompt_tokens = prompt_tokens
@@ -170,6 +203,7 @@ class Core:
     new_token_decoder  makes what decodes the texts of single tokens, special ones included
     vocabulary         what is told of single tokens
     new_tool_decoder   makes what decodes the text of a reply that may call tools
+    texts              what adapters ship for tokenizers; None: that is not looked at
 
     Times are seconds of time.monotonic().
     """
@@ -184,7 +218,9 @@ class Core:
         new_token_decoder: Callable[[], TextDecoder],
         vocabulary: Vocabulary,
         new_tool_decoder: Callable[[], TextDecoder],
+        texts: KnownTexts | None = None,
     ) -> None:
+        self._texts = texts
         self._new_tool_decoder = new_tool_decoder
         self._grammars = CheckedGrammars()
         self._worker = worker
@@ -194,13 +230,15 @@ class Core:
         self._vocabulary = vocabulary
         self._requests: dict[int, _Request] = {}
         self._renderings = Renderings()
+        self._ready: deque[Ready] = deque()
         self._outgoing = {index: _Outgoing() for index in range(frontends)}
-        self._to_scheduler: list[Submit | Cancel | Shutdown] = []
+        self._to_scheduler: list[Submit | Cancel | StillOpen | Shutdown] = []
 
     @property
     def requests(self) -> int:
         """How many are open."""
-        return len(self._requests) + len(self._renderings) + len(self._grammars)
+        waiting = len(self._renderings) + len(self._grammars)
+        return len(self._requests) + waiting + (len(self._texts) if self._texts else 0)
 
     @property
     def frontends(self) -> list[int]:
@@ -209,16 +247,83 @@ class Core:
 
     def prompt(self, prompt: Prompt, now: float) -> None:
         """Submit it, or end it with the reason why not."""
-        if prompt.chat is not None and prompt.chat_options.template:
-            self._renderings.add(prompt)
+        if prompt.adapter is None or self._texts is None:
+            self._render_or_encode(prompt, NOTHING, now)
             return
+        own = self._texts.of(prompt, now)
+        if own is not None:
+            self._with_texts(prompt, own, now)
+
+    def texts_told(
+        self, message: AdapterTexts | ForgetTexts | TokenizerCompared, now: float
+    ) -> None:
+        """Of the texts of adapters; what comes of it is for `go_on`."""
+        if self._texts is None:
+            return
+        match message:
+            case AdapterTexts():
+                self._texts.told(message, now)
+            case ForgetTexts():
+                self._texts.forget(message, now)
+            case TokenizerCompared():
+                self._texts.compared(message, now)
+        self._ready += self._texts.take_ready()
+
+    def expire(self, now: float) -> None:
+        """What waits for the adapter loader does not wait for ever."""
+        if self._texts is not None:
+            self._texts.expire(now)
+            self._ready += self._texts.take_ready()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are prompts whose adapters' texts have come."""
+        return bool(self._ready)
+
+    def go_on(self, now: float) -> Prompt:
+        """With the first of those."""
+        prompt, own = self._ready.popleft()
+        if isinstance(own, RequestError):
+            self._refuse(prompt, own, now)
+        else:
+            self._with_texts(prompt, own, now)
+        return prompt
+
+    def take_questions(self) -> list[AskTexts]:
+        """For the adapter loader; each is answered by an AdapterTexts."""
+        return self._texts.take_questions() if self._texts else []
+
+    def take_comparisons(self) -> list[ToCompare]:
+        """Tokenizers to be compared beside all this; each is answered by a TokenizerCompared."""
+        return self._texts.take_comparisons() if self._texts else []
+
+    def _with_texts(self, prompt: Prompt, own: OwnTexts, now: float) -> None:
+        if own.problem:
+            self._refuse(prompt, refusal(own), now)
+            return
+        if own.eos is not None and not prompt.ignore_eos:
+            ends = (*prompt.stop_token_ids, own.eos)
+            prompt = msgspec.structs.replace(prompt, stop_token_ids=ends)
+        self._render_or_encode(prompt, own, now)
+
+    def _render_or_encode(self, prompt: Prompt, own: OwnTexts, now: float) -> None:
+        template = prompt.chat_options.template or own.template
+        if prompt.chat is not None and template:
+            self._renderings.add(prompt, template, own.special_tokens if own.template else None)
+        else:
+            self._encode_or_refuse(prompt, now)
+
+    def _refuse(self, prompt: Prompt, error: RequestError, now: float) -> None:
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
+        outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+
+    def _encode_or_refuse(self, prompt: Prompt, now: float) -> None:
         try:
             encoded = self._encode(prompt)
             if encoded.grammar and not self._grammars.may_be_used(prompt, encoded):
                 return  # it is being compiled
         except RequestError as error:
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, error, now)
             return
         self._submit(prompt, encoded)
 
@@ -232,15 +337,14 @@ class Core:
             if not message.error:
                 self._submit(prompt, encoded)
                 continue
-            error = RequestError(422, FailureKind.GRAMMAR, message.error)
-            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, RequestError(422, FailureKind.GRAMMAR, message.error), now)
 
     def _submit(self, prompt: Prompt, encoded: Encoded) -> None:
         outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-        for request_id in _request_ids(prompt):
-            self._requests[request_id] = self._new_request(outgoing, prompt, encoded)
-        if prompt.prompt_details:
+        for request_id, heard in _heard(prompt):
+            request = self._new_request(request_id, outgoing, heard, prompt, encoded)
+            self._requests[request_id] = request
+        if prompt.prompt_details and prompt.request_id in self._requests:
             self._tell_prompt(outgoing, prompt, encoded)
         self._to_scheduler.append(
             Submit(
@@ -260,6 +364,7 @@ class Core:
                 trace=prompt.trace,
                 grammar=encoded.grammar,
                 pooling=prompt.pooling,
+                heard=prompt.heard,
             )
         )
 
@@ -267,7 +372,12 @@ class Core:
         """Whether this request waits for its chat to become text."""
         return request_id in self._renderings
 
-    def take_renderings(self) -> list[Prompt]:
+    def waits(self, request_id: int) -> bool:
+        """Whether it waits for that, or for its adapter's texts."""
+        in_texts = self._texts is not None and request_id in self._texts
+        return in_texts or self.renders(request_id)
+
+    def take_renderings(self) -> list[ToRender]:
         """Chats to be rendered beside all this; each is answered by `rendered`."""
         return self._renderings.take()
 
@@ -277,22 +387,26 @@ class Core:
         if prompt is None:
             return None
         if message.failure is None:
-            self.prompt(as_text(prompt, message.text), now)
+            self._encode_or_refuse(as_text(prompt, message.text), now)
         else:
             failure = message.failure
             error = RequestError(failure.status, failure.kind, failure.message)
-            outgoing = self._outgoing[prompt.request_id >> REQUEST_BITS]
-            outgoing.ends += [_refused(prompt, one, error, now) for one in _request_ids(prompt)]
+            self._refuse(prompt, error, now)
         return prompt
 
     def cancel(self, request_id: int) -> None:
-        """Forget the request: its frontend hears no more of it."""
+        """Forget the request: its frontend hears no more of it. The scheduler may know it from a
+        predecessor also where it is not known here."""
+        if self._texts is not None:
+            self._texts.cancel(request_id)
+        if self._ready:
+            self._ready = deque(one for one in self._ready if one[0].request_id != request_id)
         self._renderings.done(request_id)
         self._grammars.cancel(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
-            request.outgoing.forget(request_id)
-            self._to_scheduler.append(Cancel(request_id))
+            request.outgoing.forget(request)
+        self._to_scheduler.append(Cancel(request_id))
 
     def tokens(self, message: Tokens, now: float) -> None:
         """The tokens of a step. Those of requests that are over here are dropped."""
@@ -303,7 +417,7 @@ class Core:
             request = requests.get(request_id)
             if request is None:
                 continue
-            if not request.completion_tokens:
+            if not request.first_token_at:
                 request.first_token_at = now
             request.completion_tokens += 1
             text = request.decoder.push(token_id)
@@ -311,32 +425,83 @@ class Core:
                 own_text = request.token_decoder.push(token_id)
                 row = message.logprobs.get(at)
                 detail = self._vocabulary.detail(token_id, own_text, row, request.top)
-                request.outgoing.detail(request_id, detail)
+                request.outgoing.detail(request, detail)
             if request.stop is not None:
                 text = request.stop.push(text)
             if text:
-                self._say(request, request_id, text)
+                self._say(request, text)
             stopped = request.stop is not None and request.stop.matched
             if stopped or (request.parser is not None and request.parser.is_over):
-                self._stopped(request, request_id, now)
+                self._stopped(request, now)
         for finished in message.finished:
             self._finished(finished, now)
+
+    def resumed(self, message: Resumed, now: float) -> None:
+        """All tokens of a request that its predecessor had. What the frontend knows is not said
+        again."""
+        request = self._requests.get(message.request_id)
+        if request is None:
+            return
+        self._add_to_prompt(request, message.prompt_logprobs)
+        request.first_token_at = message.first_token
+        token_ids, heard = array("i", message.token_ids).tolist(), request.heard
+        self._replay(request, token_ids[:heard], message.logprobs[:heard], now)
+        request.outgoing.unsay(request)
+        self._replay(request, token_ids[heard:], message.logprobs[heard:], now)
+        if message.finished is not None:
+            self._finished(message.finished, now)
+
+    def _replay(
+        self, request: _Request, token_ids: list[int], logprobs: list[bytes], now: float
+    ) -> None:
+        request_ids = [request.request_id] * len(token_ids)
+        rows = dict(enumerate(logprobs))
+        self.tokens(Tokens(request_ids, token_ids, rows), now)
 
     def prompt_logprobs(self, message: PromptLogprobs) -> None:
         """When the last have come, so have all details of the prompt."""
         request = self._requests.get(message.request_id)
-        if request is None or request.prompt is None:
-            return
-        request.prompt.add(message.rows)
-        self._complete_prompt(request, message.request_id)
+        if request is not None:
+            self._add_to_prompt(request, message.rows)
 
-    def shutdown(self, frontend: int) -> None:
-        """A frontend has gone; when all have, the scheduler is told."""
-        del self._outgoing[frontend]
+    def still_open(self, message: StillOpen) -> None:
+        """The scheduler is told before these prompts are submitted again."""
+        self._to_scheduler.append(message)
+
+    def frontend_started(self, frontend: int) -> None:
+        """Another incarnation, which waits for nothing that the one before has asked for."""
+        self._forget_all_of(frontend)
+        self._outgoing[frontend] = _Outgoing()
+
+    def scheduler_started(self, now: float) -> None:
+        """Another incarnation, which knows nothing of what was submitted to the one before: that
+        ends here."""
+        self._to_scheduler = []
+        requests, self._requests = self._requests, {}
+        for request_id, request in requests.items():
+            end = End(request_id, FinishReason.ERROR, request.usage(now), CUT_OFF)
+            request.outgoing.ends.append(end)
+
+    def loader_started(self, now: float) -> None:
+        """Another incarnation of the adapter loader, which has been asked nothing."""
+        if self._texts is not None:
+            self._texts.loader_started(now)
+
+    def _forget_all_of(self, frontend: int) -> None:
+        if self._texts is not None:
+            self._texts.forget_frontend(frontend)
+        self._ready = deque(
+            one for one in self._ready if one[0].request_id >> REQUEST_BITS != frontend
+        )
         self._renderings.forget(frontend)
         self._grammars.forget(frontend)
         for request_id in [r for r in self._requests if r >> REQUEST_BITS == frontend]:
             self.cancel(request_id)
+
+    def shutdown(self, frontend: int) -> None:
+        """A frontend has gone; when all have, the scheduler is told."""
+        self._forget_all_of(frontend)
+        self._outgoing.pop(frontend, None)  # it may have told the predecessor too
         if not self._outgoing:
             self._to_scheduler.append(Shutdown(PROCESS, self._worker))
 
@@ -352,10 +517,14 @@ class Core:
                 messages.append(ToPeer("frontend", index, pieces))
         return messages
 
-    def _new_request(self, outgoing: _Outgoing, prompt: Prompt, encoded: Encoded) -> _Request:
+    def _new_request(
+        self, request_id: int, outgoing: _Outgoing, heard: int, prompt: Prompt, encoded: Encoded
+    ) -> _Request:
         calls = encoded.new_parser is not None
         return _Request(
+            request_id,
             outgoing=outgoing,
+            heard=heard,
             arrived=prompt.arrived,
             prompt_tokens=encoded.prompt_tokens,
             decoder=self._new_tool_decoder() if calls else self._new_decoder(),
@@ -377,12 +546,16 @@ class Core:
             encoded.token_ids, prompt.logprobs, self._vocabulary, self._new_token_decoder()
         )
         request.prompt_text = text
-        self._complete_prompt(request, prompt.request_id)
+        self._add_to_prompt(request, [])
 
-    def _complete_prompt(self, request: _Request, request_id: int) -> None:
+    def _add_to_prompt(self, request: _Request, rows: list[bytes]) -> None:
+        """Nobody may want them: then they have been told."""
         prompt = request.prompt
-        if prompt is not None and prompt.complete:
-            details = PromptDetails(request_id, request.prompt_text, tuple(prompt.details))
+        if prompt is None:
+            return
+        prompt.add(rows)
+        if prompt.complete:
+            details = PromptDetails(request.request_id, request.prompt_text, tuple(prompt.details))
             request.outgoing.prompts.append(details)
             request.prompt = None
 
@@ -391,20 +564,21 @@ class Core:
         texts = [decoder.push(token_id) for token_id in array("i", encoded.token_ids)]
         return "".join(texts) + decoder.finish()
 
-    def _say(self, request: _Request, request_id: int, text: str) -> None:
+    def _say(self, request: _Request, text: str) -> None:
         if request.parser is None:
-            request.outgoing.add(request_id, text)
+            request.outgoing.add(request, text)
         else:
-            request.outgoing.say(request_id, request.parser.push(text))
+            request.outgoing.say(request, request.parser.push(text))
 
-    def _stopped(self, request: _Request, request_id: int, now: float) -> None:
+    def _stopped(self, request: _Request, now: float) -> None:
         """A stop string matched, or the only call of a tool is over: the end is told here, and the
         scheduler hears of it last."""
-        del self._requests[request_id]
+        del self._requests[request.request_id]
         if request.parser is not None and not request.parser.is_over:
-            request.outgoing.say(request_id, request.parser.finish())
-        request.outgoing.ends.append(End(request_id, FinishReason.STOP, request.usage(now)))
-        self._to_scheduler.append(Cancel(request_id))
+            request.outgoing.say(request, request.parser.finish())
+        end = End(request.request_id, FinishReason.STOP, request.usage(now))
+        request.outgoing.ends.append(end)
+        self._to_scheduler.append(Cancel(request.request_id, stopped=True))
 
     def _finished(self, finished: Finished, now: float) -> None:
         request = self._requests.pop(finished.request_id, None)
@@ -418,16 +592,26 @@ class Core:
             else:
                 text += request.stop.finish()
         if text:
-            self._say(request, finished.request_id, text)
+            self._say(request, text)
         if request.parser is not None and not request.parser.is_over:
-            request.outgoing.say(finished.request_id, request.parser.finish())
+            request.outgoing.say(request, request.parser.finish())
         request.outgoing.ends.append(
             End(finished.request_id, reason, finished.usage, finished.failure, finished.embedding)
         )
 
 
-def _request_ids(prompt: Prompt) -> range:
-    return request_ids(prompt.request_id, prompt.choices)
+def _request_ids(prompt: Prompt) -> list[int]:
+    """Those that somebody waits for."""
+    return [request_id for request_id, _ in _heard(prompt)]
+
+
+def _heard(prompt: Prompt) -> list[tuple[int, int]]:
+    """The requests that somebody waits for, and how many tokens of each the frontend has."""
+    ids = request_ids(prompt.request_id, prompt.choices)
+    if prompt.heard is None:
+        return [(request_id, 0) for request_id in ids]
+    both = zip(ids, prompt.heard, strict=True)
+    return [(request_id, heard) for request_id, heard in both if heard != GONE]
 
 
 def _refused(prompt: Prompt, request_id: int, error: RequestError, now: float) -> End:

@@ -31,7 +31,7 @@ class Encoder:
     vocabulary         of the model; greater ids are refused
     max_total_tokens   of prompt and reply together
     token_characters   the longest token's
-    tool_use           how the model calls tools; None when it has no chat template
+    tool_use           how the model calls tools; None: tools are not read
     """
 
     def __init__(

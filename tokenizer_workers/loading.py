@@ -21,6 +21,7 @@ from tokenizer_workers.decode import (
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoder
 from tokenizer_workers.grammar_compiler import Compiler
+from tokenizer_workers.own_texts import BaseTexts
 from tokenizer_workers.render import TemplateLimits
 from tokenizer_workers.token_table import (
     byte_fallback_table,
@@ -42,6 +43,8 @@ class TextModel(msgspec.Struct, frozen=True):
     compiler: Compiler  # of grammars
     max_total_tokens: int
     template_limits: TemplateLimits  # for templates that are not the model's
+    base_texts: BaseTexts  # that adapters' files are compared with
+    folder: Path
 
 
 def load(settings: Settings) -> TextModel:
@@ -54,12 +57,12 @@ def load(settings: Settings) -> TextModel:
     jinja_file = folder / "chat_template.jinja"
     source = find_source(named, jinja_file.read_text() if jinja_file.is_file() else None)
     return text_model(
+        folder=folder,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(source, tokens) if source else None,
         special_tokens=tokens,
-        tool_format=FORMATS[
-            format_of(source) if settings.tool_format == "auto" else settings.tool_format
-        ],
+        tokenizer_config=named,
+        tool_format=format_of(source) if settings.tool_format == "auto" else settings.tool_format,
         compiler=Compiler(folder, config, seconds=settings.grammar_compile_seconds),
         config=config,
         max_total_tokens=_max_total_tokens(settings, config),
@@ -68,10 +71,12 @@ def load(settings: Settings) -> TextModel:
 
 def text_model(
     *,
+    folder: Path,
     tokenizer: Tokenizer,
     chat_template: ChatTemplate | None,
     special_tokens: Mapping[str, str],
-    tool_format: ToolFormat,
+    tokenizer_config: Mapping[str, Any],
+    tool_format: str,
     compiler: Compiler,
     config: ModelConfig,
     max_total_tokens: int,
@@ -81,7 +86,8 @@ def text_model(
     special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
     all_visible = decoders(tokenizer, config.vocabulary, hidden=())
     hidden = special_ids.union(config.eos_token_ids)
-    around_calls = {tokenizer.token_to_id(text) for text in (tool_format.begin, tool_format.end)}
+    form = FORMATS[tool_format]
+    around_calls = {tokenizer.token_to_id(text) for text in (form.begin, form.end)}
     return TextModel(
         encoder=Encoder(
             tokenizer=tokenizer,
@@ -89,7 +95,7 @@ def text_model(
             vocabulary=config.vocabulary,
             max_total_tokens=max_total_tokens,
             token_characters=token_characters,
-            tool_use=_tool_use(tokenizer, chat_template, tool_format),
+            tool_use=_tool_use(tokenizer, chat_template, form),
         ),
         # an end-of-text token that nobody marked as special is not for the reader either
         new_decoder=decoders(tokenizer, config.vocabulary, hidden=hidden).new,
@@ -100,15 +106,33 @@ def text_model(
         new_token_decoder=all_visible.new,
         vocabulary=Vocabulary(all_visible.bytes_of, special_ids),
         max_total_tokens=max_total_tokens,
-        template_limits=TemplateLimits(dict(special_tokens), max_total_tokens * token_characters),
+        template_limits=TemplateLimits(
+            dict(special_tokens), max_total_tokens * token_characters, tool_format
+        ),
+        base_texts=BaseTexts(
+            config=tokenizer_config,
+            id_of=tokenizer.token_to_id,
+            special=frozenset(token.content for token in added.values() if token.special),
+            eos_ids=config.eos_token_ids,
+            around=_around(tokenizer),
+        ),
+        folder=folder,
     )
+
+
+def _around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before and behind a text."""
+    text = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    places = range(len(whole) - len(text) + 1)
+    at = next((at for at in places if whole[at : at + len(text)] == text), 0)
+    return tuple(whole[:at]), tuple(whole[at + len(text) :])
 
 
 def _tool_use(
     tokenizer: Tokenizer, chat_template: ChatTemplate | None, form: ToolFormat
-) -> ToolUse | None:
-    if chat_template is None:
-        return None
+) -> ToolUse:
+    """Without a chat template of the base model, for chats that bring theirs or their adapter's."""
     own = {
         token.content: token_id
         for token_id, token in tokenizer.get_added_tokens_decoder().items()
@@ -116,8 +140,8 @@ def _tool_use(
     }
     return ToolUse(
         form,
-        template_shows_tools=chat_template.shows_tools,
-        template_takes_system=chat_template.takes_system,
+        template_shows_tools=chat_template is not None and chat_template.shows_tools,
+        template_takes_system=chat_template is not None and chat_template.takes_system,
         token_id=own.get,
     )
 
@@ -127,13 +151,7 @@ def read_tokenizer(folder: Path, tokens: Mapping[str, str]) -> Tokenizer:
 
     tokens   special ones by name; those that tokenizer.json does not mark as special become so
     """
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigError(f"model_id: {folder} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises nothing more precise
-        raise ConfigError(f"model_id: {path} cannot be used: {error}") from error
+    tokenizer = _read_tokenizer(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     marked = {
@@ -142,6 +160,23 @@ def read_tokenizer(folder: Path, tokens: Mapping[str, str]) -> Tokenizer:
     known = [token for token in tokens.values() if tokenizer.token_to_id(token) is not None]
     tokenizer.add_special_tokens([token for token in known if token not in marked])
     return tokenizer
+
+
+def base_tokenizers(folder: Path) -> tuple[Tokenizer, Tokenizer]:
+    """As the file has it, and with all the special tokens that the folder names, as a copy of it
+    has them that was written anew. Raises ConfigError."""
+    named = special_tokens(_read_tokenizer_config(folder))
+    return _read_tokenizer(folder), read_tokenizer(folder, named)
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"model_id: {folder} has no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # it raises nothing more precise
+        raise ConfigError(f"model_id: {path} cannot be used: {error}") from error
 
 
 class Decoders(msgspec.Struct, frozen=True):

@@ -1,8 +1,16 @@
-"""Chats that wait until their own templates have made texts of them: pure."""
+"""Chats that wait until templates that nobody vouches for have made texts of them: pure."""
 
 import msgspec
 
 from pipeline.messages import REQUEST_BITS, ChatOptions, Prompt
+
+
+class ToRender(msgspec.Struct, frozen=True):
+    """A chat and what makes text of it: a template of its request, or its adapter's."""
+
+    prompt: Prompt
+    template: str
+    special_tokens: dict[str, str] | None  # the template's variables; None: the base model's
 
 
 class Renderings:
@@ -10,7 +18,7 @@ class Renderings:
 
     def __init__(self) -> None:
         self._waiting: dict[int, Prompt] = {}
-        self._to_render: list[Prompt] = []
+        self._to_render: list[ToRender] = []
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -18,15 +26,18 @@ class Renderings:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._waiting
 
-    def add(self, prompt: Prompt) -> None:
+    def add(
+        self, prompt: Prompt, template: str, special_tokens: dict[str, str] | None = None
+    ) -> None:
+        """See ToRender."""
         self._waiting[prompt.request_id] = prompt
-        self._to_render.append(prompt)
+        self._to_render.append(ToRender(prompt, template, special_tokens))
 
-    def take(self) -> list[Prompt]:
+    def take(self) -> list[ToRender]:
         """Those that are to be rendered and that nobody has cancelled."""
-        prompts = [one for one in self._to_render if one.request_id in self._waiting]
+        chats = [one for one in self._to_render if one.prompt.request_id in self._waiting]
         self._to_render = []
-        return prompts
+        return chats
 
     def done(self, request_id: int) -> Prompt | None:
         """It waits no more; None if it did not."""

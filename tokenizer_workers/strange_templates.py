@@ -1,7 +1,8 @@
 """The thread that waits for templates which nobody vouches for, so that nobody's text waits too.
 
-They are rendered in a process of their own (render.py), one after the other. A prompt that takes
-too much time or memory costs that process, and nobody but its client anything else.
+They are rendered in a process of their own (render.py), one after the other; tenants take turns,
+and the adapters of each. A prompt that takes too much time or memory costs that process, and nobody
+but its client anything else.
 """
 
 import os
@@ -12,15 +13,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from queue import SimpleQueue
 
 import msgspec
 
 from pipeline.channels import Outbox
 from pipeline.config import Settings
-from pipeline.messages import Failure, FailureKind, Prompt, Rendered
+from pipeline.messages import Failure, FailureKind, Rendered
 from tokenizer_workers.render import Job, Result, TemplateLimits, receive, send
-from tokenizer_workers.tool_messages import tool_objects, with_argument_objects
+from tokenizer_workers.renderings import ToRender
+from tokenizer_workers.turns import Turns
 
 ROOT = Path(__file__).parent.parent  # where this package lies
 START_SECONDS = 60.0  # for the process to be ready
@@ -50,35 +51,47 @@ class StrangeTemplates:
         self._renderer = Renderer(
             limits, seconds=settings.template_seconds, nbytes=settings.template_bytes
         )
-        self._prompts: SimpleQueue[Prompt | None] = SimpleQueue()
+        self._chats: Turns[ToRender] = Turns()
+        self._changed = threading.Condition()  # held by whoever looks at the chats
         self._thread: threading.Thread | None = None
 
-    def render(self, prompt: Prompt) -> None:
+    def render(self, chat: ToRender) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
-        self._prompts.put(prompt)
+        prompt = chat.prompt
+        with self._changed:
+            self._chats.put(prompt.tenant, prompt.adapter, chat)
+            self._changed.notify()
 
     def close(self) -> None:
         """What has not been rendered is not any more."""
         if self._thread is not None:
-            self._closing = True
-            self._prompts.put(None)
+            with self._changed:
+                self._closing = True
+                self._changed.notify()
             self._renderer.interrupt()
             self._thread.join()
 
     def _run(self) -> None:
         outbox = Outbox(self._run_dir)
-        while (prompt := self._prompts.get()) is not None and not self._closing:
+        while (chat := self._next()) is not None:
+            prompt = chat.prompt
             if not self._still_waits(prompt.request_id):
                 continue
-            tools = tool_objects(prompt.tools) if prompt.tools and prompt.tools.functions else None
-            messages = with_argument_objects(prompt.chat or [])
-            result = self._renderer.render(Job(messages, prompt.chat_options, tools))
+            options = msgspec.structs.replace(prompt.chat_options, template=chat.template)
+            job = Job(prompt.chat or [], options, prompt.tools, chat.special_tokens)
+            result = self._renderer.render(job)
             message = Rendered(prompt.request_id, result.text, result.failure)
             outbox.send(self._process, message, self._index)
         self._renderer.close()
         outbox.close(0)
+
+    def _next(self) -> ToRender | None:
+        """Waits for one; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or bool(self._chats))
+            return None if self._closing else self._chats.take()
 
 
 class Renderer:

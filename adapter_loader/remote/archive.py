@@ -1,8 +1,8 @@
 """Adapters in archives: .tar, .tar.gz and .zip, from whoever made them.
 
-Only the adapter's two files are taken out, under names of our own, so that no member's name can
-lead anywhere. Links and names that try are refused all the same: such an archive is not what it
-seems. Sizes are bounded before anything is decompressed.
+Only the adapter's files are taken out, its two and those for tokenizers, under names of our own, so
+that no member's name can lead anywhere. Links and names that try are refused all the same: such an
+archive is not what it seems. Sizes are bounded before anything is decompressed.
 """
 
 import gzip
@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from adapter_loader.refusals import invalid, shown
 from adapter_loader.sources import MAX_CONFIG_BYTES, PICKLE_FILE, PICKLE_ONLY, WEIGHTS_FILE
+from adapter_loader.texts import TEXT_FILES
 from pipeline.adapter_roots import CONFIG_FILE
 
 ARCHIVES = (".tar.gz", ".tgz", ".tar", ".zip")
@@ -44,11 +45,12 @@ class _Member(NamedTuple):
 def unpack(
     archive: Path, suffix: str, folder: Path, max_bytes: int, reserve: Callable[[int], None]
 ) -> None:
-    """Put adapter_config.json and adapter_model.safetensors of the archive into `folder`.
+    """Put adapter_config.json and adapter_model.safetensors of the archive into `folder`, and what
+    lies beside them of TEXT_FILES.
 
     suffix     one of ARCHIVES
     max_bytes  of the weights
-    reserve    called with the bytes of both files before they are written
+    reserve    called with the bytes of all of them before they are written
     raises     RequestError, or OSError of the disk
     """
     try:
@@ -64,9 +66,10 @@ def unpack(
 def _chosen(
     members: Iterator[_Member], max_bytes: int, reserve: Callable[[int], None]
 ) -> Iterator[tuple[str, _Member]]:
-    """The two members that are wanted, once all of them have been looked at."""
-    found: dict[str, _Member] = {}
-    places: set[PurePosixPath] = set()
+    """The members that are wanted, in the archive's order, once all have been looked at."""
+    most = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_bytes, **TEXT_FILES}
+    found: dict[str, PurePosixPath] = {}
+    places: dict[PurePosixPath, _Member] = {}
     for member in members:
         path = PurePosixPath(member.name)
         if path.is_absolute() or ".." in path.parts or "\\" in member.name:
@@ -76,24 +79,24 @@ def _chosen(
         if path.name in (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE):
             if path.name in found:
                 raise invalid(f"the archive has more than one {path.name}")
-            found[path.name] = member
-            places.add(path.parent)
+            found[path.name] = path
+        if path.name in most:
+            places[path] = member
     if CONFIG_FILE not in found:
         raise invalid(f"the archive has no {CONFIG_FILE}")
     if WEIGHTS_FILE not in found:
         raise invalid(PICKLE_ONLY if PICKLE_FILE in found else f"has no {WEIGHTS_FILE}")
-    if len(places) > 1:
+    if len({path.parent for path in found.values()}) > 1:
         raise invalid("the adapter's files lie in different folders of the archive")
-    config, weights = found[CONFIG_FILE], found[WEIGHTS_FILE]
-    for name, nbytes, most in (
-        (CONFIG_FILE, config.nbytes, MAX_CONFIG_BYTES),
-        (WEIGHTS_FILE, weights.nbytes, max_bytes),
-    ):
-        if nbytes > most:
-            raise invalid(f"{name} has {nbytes} bytes, and this server takes at most {most}")
-    reserve(config.nbytes + weights.nbytes)
-    yield CONFIG_FILE, config
-    yield WEIGHTS_FILE, weights
+    folder = found[CONFIG_FILE].parent
+    wanted = [(path.name, member) for path, member in places.items() if path.parent == folder]
+    for name, member in wanted:
+        if member.nbytes > most[name]:
+            raise invalid(
+                f"{name} has {member.nbytes} bytes, and this server takes at most {most[name]}"
+            )
+    reserve(sum(member.nbytes for _, member in wanted))
+    yield from wanted  # forwards: what is compressed is not read twice
 
 
 def _copy(member: _Member, path: Path) -> None:

@@ -30,6 +30,8 @@ from pipeline.adapter_roots import CONFIG_FILE
 from pipeline.errors import RequestError
 from pipeline.metrics import REGISTRY
 
+REMOVED = "removed-"  # how the names of folders begin that are on their way out
+
 USED_BYTES = Gauge(
     "loradex_disk_cache_used_bytes",
     "Bytes of the disk cache that were taken, with what is being downloaded, when it last changed",
@@ -65,7 +67,12 @@ class DiskCache:
         self._max_bytes = max_bytes
         self._room = threading.Lock()  # held while room is looked for
         self._reserved: dict[Path, int] = {}  # folder that is being filled -> bytes when it is
+        self._reclaim()
         self._measure()
+
+    def folder_of(self, digest: str) -> Path:
+        """Where a complete entry lies, while its files are open."""
+        return self._entries / digest
 
     def open(self, digest: str, max_adapter_bytes: int) -> AdapterFiles | None:
         """The files of a complete entry, which stays until they are closed; None without one.
@@ -157,6 +164,17 @@ class DiskCache:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
 
+    def _reclaim(self) -> None:
+        """Remove what a dead process has left that nobody can go on with: folders of its own, which
+        have a dot in their name, and those that it was about to remove."""
+        for folder in self._partial.iterdir() if self._partial.is_dir() else ():
+            if "." in folder.name or folder.name.startswith(REMOVED):
+                with suppress(FileNotFoundError):  # another process does the same
+                    lock = _lock(folder)
+                    if lock is not None:
+                        shutil.rmtree(folder, ignore_errors=True)
+                        os.close(lock)
+
     def _measure(self) -> None:
         """Say on /metrics how full it is."""
         with self._room:
@@ -180,7 +198,7 @@ class DiskCache:
             if lock is None:
                 return False
             try:
-                removed = Path(tempfile.mkdtemp(dir=self._partial))
+                removed = Path(tempfile.mkdtemp(prefix=REMOVED, dir=self._partial))
                 kept.folder.rename(removed)  # at once: an entry is whole or is not
                 shutil.rmtree(removed, ignore_errors=True)
             finally:

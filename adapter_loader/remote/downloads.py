@@ -7,12 +7,15 @@ caller may read the files.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from adapter_loader.refusals import invalid, not_found
+from adapter_loader.refusals import invalid, not_found, unavailable
 from adapter_loader.remote.archive import SLACK_BYTES, unpack
 from adapter_loader.remote.disk_cache import DiskCache
 from adapter_loader.remote.http_client import HttpClient
@@ -57,6 +60,8 @@ class Downloads:
         self._cache = cache
         self._retries = retries
         self._max_adapter_bytes = max_adapter_bytes
+        self._filling_lock = threading.Lock()
+        self._filling: dict[str, tuple[threading.Lock, int]] = {}  # entry -> who fills it or waits
 
     def deadline(self) -> float:
         """Of a fetch that begins now."""
@@ -102,6 +107,12 @@ class Downloads:
         suffix  one of archive.ARCHIVES
         ask     is asked for the name ""
         """
+        return self.archive_in(place, whom, suffix, ask, deadline)[0]
+
+    def archive_in(
+        self, place: str, whom: str, suffix: str, ask: Ask, deadline: float
+    ) -> tuple[AdapterFiles, Path]:
+        """The same, and the folder with all that was taken out, which stays as the files do."""
         file = self._retries.run(lambda: ask(""), deadline)
         if file is None:
             raise not_found(f"{whom} has no such archive")
@@ -119,7 +130,28 @@ class Downloads:
             unpack(packed, suffix, folder, self._max_adapter_bytes, reserve)
             packed.unlink()
 
-        return self._opened(entry_of(place, (file,)), fill, deadline)
+        entry = entry_of(f"{place} with texts", (file,))
+        with self._alone(entry, deadline):
+            return self._opened(entry, fill, deadline), self._cache.folder_of(entry)
+
+    @contextmanager
+    def _alone(self, entry: str, deadline: float) -> Iterator[None]:
+        """Who fills an entry; a second one waits, and finds it filled. Raises RequestError."""
+        with self._filling_lock:
+            lock, waiting = self._filling.get(entry, (threading.Lock(), 0))
+            self._filling[entry] = (lock, waiting + 1)
+        try:
+            if not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                raise unavailable("it took too long to fetch")
+            try:
+                yield
+            finally:
+                lock.release()
+        finally:
+            with self._filling_lock:
+                _, waiting = self._filling.pop(entry)
+                if waiting > 1:
+                    self._filling[entry] = (lock, waiting - 1)
 
     def _find(self, ask: Ask) -> RemoteFolder:
         """Config and weights, both there and neither too large."""

@@ -1,14 +1,15 @@
 """Where adapters come from. A source finds an adapter's two files and opens them."""
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
-from adapter_loader.refusals import invalid, not_found
+from adapter_loader.ordinary_files import IDENTITY_OF_FILE, Identity, identity_of, open_file
+from adapter_loader.refusals import invalid
+from adapter_loader.texts import Texts
 from pipeline.adapter_roots import CONFIG_FILE
 from pipeline.messages import AdapterKey
 
@@ -21,9 +22,6 @@ PICKLE_ONLY = (
     f's.save_file(torch.load("{PICKLE_FILE}", weights_only=True), "{WEIGHTS_FILE}")\''
 )
 
-Identity = tuple[int, ...]  # of the config, then of the weights
-IDENTITY_OF_FILE = 5
-
 
 class AdapterFiles(msgspec.Struct, frozen=True):
     """An adapter's config, read, and its weights, open, both as they were when opened.
@@ -34,11 +32,11 @@ class AdapterFiles(msgspec.Struct, frozen=True):
     config: bytes
     weights: int  # file descriptor
     weights_bytes: int
-    identity: Identity
+    identity: Identity  # of the config, then of the weights
 
     def has_changed(self) -> bool:
         """Whether somebody has written to the weights since they were opened."""
-        return _identity(os.fstat(self.weights)) != self.identity[-IDENTITY_OF_FILE:]
+        return identity_of(os.fstat(self.weights)) != self.identity[-IDENTITY_OF_FILE:]
 
     def close(self) -> None:
         os.close(self.weights)
@@ -51,6 +49,13 @@ class Source(Protocol):
         """Find and open the adapter. May take long; called in a worker thread.
 
         Who may see the adapter is checked anew by each call. Raises RequestError.
+        """
+        ...
+
+    def texts(self, key: AdapterKey, token: str | None, known: str) -> Texts | None:
+        """What lies beside the weights for tokenizers; None if its version is `known`.
+
+        As `fetch` in all else, and refuses what that refuses before it reads the weights.
         """
         ...
 
@@ -69,13 +74,13 @@ def open_files(
 
     roots   resolved folders; a file that does not lie below one, after all links, is not found
     """
-    config, config_status = _open_file(folder / CONFIG_FILE, roots)
+    config, config_status = open_file(folder / CONFIG_FILE, roots)
     try:
         data = _read_config(config, config_status.st_size)
     finally:
         os.close(config)
     try:
-        weights, status = _open_file(folder / WEIGHTS_FILE, roots)
+        weights, status = open_file(folder / WEIGHTS_FILE, roots)
     except FileNotFoundError as error:
         if (folder / PICKLE_FILE).exists():
             raise invalid(PICKLE_ONLY) from error
@@ -83,7 +88,7 @@ def open_files(
     if status.st_size > max_adapter_bytes:
         os.close(weights)
         raise too_large(status.st_size, max_adapter_bytes)
-    identity = (*_identity(config_status), *_identity(status))
+    identity = (*identity_of(config_status), *identity_of(status))
     return AdapterFiles(data, weights, status.st_size, identity)
 
 
@@ -93,39 +98,7 @@ def too_large(nbytes: int, max_adapter_bytes: int) -> Exception:
     )
 
 
-def _open_file(path: Path, roots: Sequence[Path] | None) -> tuple[int, os.stat_result]:
-    """Open an ordinary file. Raises FileNotFoundError or RequestError."""
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO must not block
-    try:
-        descriptor = os.open(path, flags)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise invalid(f"{path.name} cannot be opened ({error.strerror})") from error
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise invalid(f"{path.name} is not an ordinary file")
-        opened = Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # after all links
-        if roots is not None and not any(opened.is_relative_to(root) for root in roots):
-            raise not_found(f"{path.name} leads outside the folders that adapters may lie in")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, status
-
-
 def _read_config(descriptor: int, nbytes: int) -> bytes:
     if nbytes > MAX_CONFIG_BYTES:
         raise invalid(f"{CONFIG_FILE} has {nbytes} bytes, and {MAX_CONFIG_BYTES} is the most")
     return os.pread(descriptor, MAX_CONFIG_BYTES, 0)
-
-
-def _identity(status: os.stat_result) -> Identity:
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,  # changes also when the modification time is set back
-    )

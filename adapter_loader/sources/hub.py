@@ -35,13 +35,15 @@ from huggingface_hub.errors import (
 )
 
 from adapter_loader.refusals import forbidden, invalid, not_found, unavailable
-from adapter_loader.remote.downloads import Downloads, entry_of
+from adapter_loader.remote.downloads import Downloads, RemoteFolder, entry_of
 from adapter_loader.remote.http_client import LATER, retry_after
 from adapter_loader.remote.last_seen import LastSeen
 from adapter_loader.remote.origins import origin_of
 from adapter_loader.remote.retries import Interrupted
+from adapter_loader.remote.text_downloads import TextDownloads
 from adapter_loader.remote.transfer import RemoteFile
 from adapter_loader.sources import WEIGHTS_FILE, AdapterFiles, open_files
+from adapter_loader.texts import Texts, read_texts
 from pipeline.adapter_roots import FOLDERS
 from pipeline.messages import AdapterKey
 
@@ -70,6 +72,7 @@ class HubSource:
         self,
         *,
         downloads: Downloads,
+        texts: TextDownloads,
         max_adapter_bytes: int,
         share_token: bool,
         stall_seconds: float,
@@ -79,6 +82,7 @@ class HubSource:
         offline: bool = constants.HF_HUB_OFFLINE,
     ) -> None:
         self._downloads = downloads
+        self._texts = texts
         self._max_adapter_bytes = max_adapter_bytes
         self._share_token = share_token
         self._stall_seconds = stall_seconds
@@ -93,25 +97,17 @@ class HubSource:
 
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         """See Source."""
-        revision = key.revision or constants.DEFAULT_REVISION
-        if not _REVISION.fullmatch(revision):
-            raise not_found("its revision is not the name of a branch, a tag or a commit")
-        if token and not _TOKEN.fullmatch(token):
-            raise forbidden("the token is not one that a hub could have given")
         deadline = self._downloads.deadline()
+        revision = _checked(key, token)
         if self._offline:
-            return self._fetch_offline(key.id, revision, token, deadline)
-        asking = _Asking(
-            repository=key.id,
-            revision=revision,
-            token=token or self._own_token(),
-            endpoint=self._endpoint,
-            stall_seconds=self._stall_seconds,
-            deadline=deadline,
-        )
-        found = None
-        if self._downloads.ask(lambda: asking.file(WEIGHTS_FILE), deadline) is None:
-            found = self._downloads.find(asking.file, deadline)
+            return self._offline_copy(
+                key.id,
+                revision,
+                token,
+                lambda commit, readers: self._cached(key.id, commit, readers, deadline),
+            )
+        asking = self._asking(key.id, revision, token, deadline)
+        found = self._commit(asking, deadline)
         reader = self._reader(token)
         files = self._cached(key.id, asking.commit, (reader, self._reader(None)), deadline)
         if files is None:
@@ -121,17 +117,86 @@ class HubSource:
         self._commits.put(_name(reader, key.id, revision), asking.commit)
         return files
 
-    def _fetch_offline(
+    def texts(self, key: AdapterKey, token: str | None, known: str) -> Texts | None:
+        """See Source. Their version is the commit, and the ordinary cache is used offline alone."""
+        deadline = self._downloads.deadline()
+        revision = _checked(key, token)
+        if self._offline:
+            texts = self._offline_copy(
+                key.id,
+                revision,
+                token,
+                lambda commit, readers: (
+                    self._cached_texts(key.id, commit, readers)
+                    or _translated(lambda: self._ordinary_texts(key.id, commit))
+                ),
+            )
+            return None if texts.version == known else texts
+        asking = self._asking(key.id, revision, token, deadline)
+        found = self._commit(asking, deadline)
+        version = _texts_entry("", key.id, asking.commit)
+        if version == known:
+            return None
+        reader = self._reader(token)
+        texts_there = self._cached_texts(key.id, asking.commit, (reader, self._reader(None)))
+        if texts_there is not None:
+            return texts_there
+        found = found or self._downloads.find(asking.file, deadline)
+        files = self._texts.find(asking.file, found.within, deadline)
+        entry = _texts_entry(reader, key.id, asking.commit)
+        return self._texts.fetch(version, entry, WHOM, files, deadline)
+
+    def _asking(
         self, repository: str, revision: str, token: str | None, deadline: float
-    ) -> AdapterFiles:
-        """What was fetched with this token, or by everybody, or lies in the ordinary cache."""
+    ) -> "_Asking":
+        return _Asking(
+            repository=repository,
+            revision=revision,
+            token=token or self._own_token(),
+            endpoint=self._endpoint,
+            stall_seconds=self._stall_seconds,
+            deadline=deadline,
+        )
+
+    def _commit(self, asking: "_Asking", deadline: float) -> RemoteFolder | None:
+        """Have it learn the commit; what was found on the way, if that was all of it."""
+        if self._downloads.ask(lambda: asking.file(WEIGHTS_FILE), deadline) is None:
+            return self._downloads.find(asking.file, deadline)
+        return None
+
+    def _offline_copy(
+        self,
+        repository: str,
+        revision: str,
+        token: str | None,
+        find: Callable[[str, tuple[str, str]], T | None],
+    ) -> T:
+        """What was fetched with this token, or by everybody, or lies in the ordinary cache.
+
+        find  looks for a commit of it, as these readers may read it
+        """
         readers = (self._reader(token), self._reader(None))
         known = [self._commits.get(_name(reader, repository, revision)) for reader in readers]
         for commit in (*filter(None, known), revision):
-            files = self._cached(repository, commit, readers, deadline)
-            if files is not None:
-                return files
+            found = find(commit, readers)
+            if found is not None:
+                return found
         raise unavailable("it is not in the local cache, and HF_HUB_OFFLINE forbids the hub")
+
+    def _cached_texts(self, repository: str, commit: str, readers: Iterable[str]) -> Texts | None:
+        version = _texts_entry("", repository, commit)
+        entries = (_texts_entry(reader, repository, commit) for reader in readers)
+        found = (self._texts.cached(version, entry) for entry in entries)
+        return next((texts for texts in found if texts is not None), None)
+
+    def _ordinary_texts(self, repository: str, revision: str) -> Texts | None:
+        """What lies beside the weights in the ordinary cache, if those do."""
+        for within in FOLDERS:
+            at = f"{within}/" if within else ""
+            path = try_to_load_from_cache(repository, at + WEIGHTS_FILE, self._cache, revision)
+            if isinstance(path, str):
+                return read_texts(Path(path).parent)
+        return None
 
     def _cached(
         self, repository: str, commit: str, readers: Iterable[str], deadline: float
@@ -165,6 +230,16 @@ class HubSource:
         if not token:
             return SERVER if self._share_token else ""
         return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _checked(key: AdapterKey, token: str | None) -> str:
+    """The revision. Raises RequestError for one, or a token, that no hub could have."""
+    revision = key.revision or constants.DEFAULT_REVISION
+    if not _REVISION.fullmatch(revision):
+        raise not_found("its revision is not the name of a branch, a tag or a commit")
+    if token and not _TOKEN.fullmatch(token):
+        raise forbidden("the token is not one that a hub could have given")
+    return revision
 
 
 class _Asking:
@@ -251,6 +326,10 @@ class _Asking:
 
 def _entry(reader: str, repository: str, commit: str) -> str:
     return entry_of(f"hub {reader} {repository} {commit}")
+
+
+def _texts_entry(reader: str, repository: str, commit: str) -> str:
+    return entry_of(f"hub texts {reader} {repository} {commit}")
 
 
 def _name(reader: str, repository: str, revision: str) -> str:

@@ -17,6 +17,7 @@ from adapter_loader.remote.downloads import Downloads
 from adapter_loader.remote.http_client import MISSING, HttpClient
 from adapter_loader.sources import AdapterFiles
 from adapter_loader.sources.s3 import S3Store
+from adapter_loader.texts import Texts
 from pipeline.messages import AdapterKey
 
 WHOM = "the Predibase gateway"
@@ -62,6 +63,16 @@ class PbaseSource:
 
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         """See Source."""
+        place, prefix, deadline = self._place(key, token)
+        return self._store.fetch(place, self._bucket, prefix, deadline)
+
+    def texts(self, key: AdapterKey, token: str | None, known: str) -> Texts | None:
+        """See Source."""
+        place, prefix, deadline = self._place(key, token)
+        return self._store.texts(place, self._bucket, prefix, known, deadline)
+
+    def _place(self, key: AdapterKey, token: str | None) -> tuple[str, str, float]:
+        """Place and prefix, see S3Store, and the deadline of it all. Raises RequestError."""
         match = _ID.fullmatch(key.id)
         if match is None or {match["repo"], match["version"]} & {".", ".."}:
             raise invalid("its id is not pb://repo/version")
@@ -73,7 +84,7 @@ class PbaseSource:
         prefix = path.removeprefix(f"s3://{self._bucket}/").strip("/")
         if not prefix or "://" in prefix:
             raise unavailable(f"{WHOM} says that it lies outside the bucket of this server")
-        return self._store.fetch(f"{key.source} {key.scope}", self._bucket, prefix, deadline)
+        return f"{key.source} {key.scope}", prefix, deadline
 
     def _resolve(self, repo: str, version: str | None, token: str, deadline: float) -> str:
         """Where in the bucket it lies. Raises RequestError or Interrupted."""

@@ -26,11 +26,13 @@ from botocore.exceptions import (
 )
 
 from adapter_loader.refusals import forbidden, invalid, unavailable
-from adapter_loader.remote.downloads import Downloads
+from adapter_loader.remote.downloads import Ask, Downloads
 from adapter_loader.remote.http_client import LATER, Limits, retry_after
 from adapter_loader.remote.retries import Interrupted
+from adapter_loader.remote.text_downloads import TextDownloads
 from adapter_loader.remote.transfer import RemoteFile
 from adapter_loader.sources import AdapterFiles
+from adapter_loader.texts import Texts
 from pipeline.errors import RequestError
 from pipeline.messages import AdapterKey
 
@@ -47,7 +49,9 @@ class S3Store:
     endpoint  empty: what botocore finds in its environment, or AWS
     """
 
-    def __init__(self, *, endpoint: str, limits: Limits, downloads: Downloads) -> None:
+    def __init__(
+        self, *, endpoint: str, limits: Limits, downloads: Downloads, texts: TextDownloads
+    ) -> None:
         session = botocore.session.get_session()
         signature = "s3v4" if session.get_credentials() else UNSIGNED  # for public buckets
         self._client: Any = session.create_client(
@@ -63,6 +67,7 @@ class S3Store:
             ),
         )
         self._downloads = downloads
+        self._texts = texts
 
     def fetch(
         self, place: str, bucket: str, prefix: str, deadline: float | None = None
@@ -72,12 +77,20 @@ class S3Store:
         place     see Downloads.folder
         deadline  of a fetch that has begun already
         """
-
-        def ask(name: str) -> RemoteFile | None:
-            return self._describe(bucket, f"{prefix}/{name}")
-
         until = self._downloads.deadline() if deadline is None else deadline
+        ask = self._ask(bucket, prefix)
         return self._downloads.folder(f"{place} {bucket}/{prefix}", WHOM, ask, until)
+
+    def texts(
+        self, place: str, bucket: str, prefix: str, known: str, deadline: float | None = None
+    ) -> Texts | None:
+        """What lies there for tokenizers. See `fetch`, and Source.texts."""
+        until = self._downloads.deadline() if deadline is None else deadline
+        ask = self._ask(bucket, prefix)
+        return self._texts.folder(f"{place} {bucket}/{prefix}", WHOM, ask, known, until)
+
+    def _ask(self, bucket: str, prefix: str) -> Ask:
+        return lambda name: self._describe(bucket, f"{prefix}/{name}")
 
     def _describe(self, bucket: str, name: str) -> RemoteFile | None:
         wanted = {"Bucket": bucket, "Key": name}
@@ -113,13 +126,20 @@ class S3Source:
 
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         """See Source. There is no use for a token."""
+        return self._store.fetch(key.source, *self._place(key))
+
+    def texts(self, key: AdapterKey, token: str | None, known: str) -> Texts | None:
+        """See Source."""
+        return self._store.texts(key.source, *self._place(key), known)
+
+    def _place(self, key: AdapterKey) -> tuple[str, str]:
+        """Bucket and prefix. Raises RequestError."""
         match = _ID.fullmatch(key.id)
         if match is None:
             raise invalid("its id is not s3://bucket/prefix")
-        bucket, prefix = match["bucket"], match["prefix"]
-        if bucket not in self._buckets:
+        if match["bucket"] not in self._buckets:
             raise forbidden("its bucket is not one that adapters may come from")
-        return self._store.fetch(key.source, bucket, prefix)
+        return match["bucket"], match["prefix"]
 
 
 def _status(error: ClientError) -> int:

@@ -13,11 +13,13 @@ from urllib.parse import quote, urlsplit
 
 from adapter_loader.refusals import forbidden, invalid, unavailable
 from adapter_loader.remote.archive import ARCHIVES
-from adapter_loader.remote.downloads import Downloads
+from adapter_loader.remote.downloads import Ask, Downloads
 from adapter_loader.remote.http_client import MISSING, HttpClient
 from adapter_loader.remote.origins import Origin, origin_of
+from adapter_loader.remote.text_downloads import TextDownloads
 from adapter_loader.remote.transfer import RemoteFile
 from adapter_loader.sources import AdapterFiles
+from adapter_loader.texts import Texts
 from pipeline.messages import AdapterKey
 
 NO_HEAD = (405, 501)
@@ -30,11 +32,17 @@ class HttpSource:
     """named: the origins that adapters may come from."""
 
     def __init__(
-        self, *, named: Collection[Origin], client: HttpClient, downloads: Downloads
+        self,
+        *,
+        named: Collection[Origin],
+        client: HttpClient,
+        downloads: Downloads,
+        texts: TextDownloads,
     ) -> None:
         self._named = frozenset(named)
         self._client = client
         self._downloads = downloads
+        self._texts = texts
 
     def lane(self, key: AdapterKey) -> str:
         """See Source: each server has its own."""
@@ -46,20 +54,31 @@ class HttpSource:
 
     def fetch(self, key: AdapterKey, token: str | None) -> AdapterFiles:
         """See Source."""
+        place, whom, suffix, ask, deadline = self._place(key, token)
+        if suffix:
+            return self._downloads.archive(place, whom, suffix, ask, deadline)
+        return self._downloads.folder(place, whom, ask, deadline)
+
+    def texts(self, key: AdapterKey, token: str | None, known: str) -> Texts | None:
+        """See Source."""
+        place, whom, suffix, ask, deadline = self._place(key, token)
+        if suffix:
+            return self._texts.archive(place, whom, suffix, ask, known, deadline)
+        return self._texts.folder(place, whom, ask, known, deadline)
+
+    def _place(self, key: AdapterKey, token: str | None) -> tuple[str, str, str, Ask, float]:
+        """What Downloads has to know: place, whom, the suffix of an archive, ask and deadline."""
         origin, url = self._checked(key.id)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         whom = f"the host {origin.host}"
-        place = f"{key.source} {key.scope} {url}"
         deadline = self._downloads.deadline()
+        suffix = next((suffix for suffix in ARCHIVES if url.endswith(suffix)), "")
+        folder = url if suffix else f"{url}/"
 
         def ask(name: str) -> RemoteFile | None:
-            return self._describe(f"{url}{name}", headers, whom, deadline)
+            return self._describe(f"{folder}{name}", headers, whom, deadline)
 
-        for suffix in ARCHIVES:
-            if url.endswith(suffix):
-                return self._downloads.archive(place, whom, suffix, ask, deadline)
-        url += "/"
-        return self._downloads.folder(place, whom, ask, deadline)
+        return f"{key.source} {key.scope} {url}", whom, suffix, ask, deadline
 
     def _checked(self, id: str) -> tuple[Origin, str]:
         """Whom to ask for what. Raises RequestError."""

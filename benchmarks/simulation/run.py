@@ -22,6 +22,7 @@ from pipeline.messages import (
     AdapterPlaced,
     AdapterStaged,
     ArenaReady,
+    EndsHeard,
     LoadAdapter,
     ReleaseAdapter,
     Step,
@@ -151,6 +152,9 @@ class Run:
                 self._loader.send(message)
 
     def _note_ends(self, message: Tokens) -> None:
+        if message.finished:
+            heard = EndsHeard([end.request_id for end in message.finished])
+            self._core.ends_heard(heard, self._clock.now)
         for end in message.finished:
             tenant, hot = self._open.pop(end.request_id)
             if end.failure is not None:

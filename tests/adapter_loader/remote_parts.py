@@ -11,6 +11,8 @@ from adapter_loader.remote.downloads import Downloads
 from adapter_loader.remote.http_client import HttpClient, Limits
 from adapter_loader.remote.origins import named_origin
 from adapter_loader.remote.retries import Retries
+from adapter_loader.remote.text_cache import TextCache
+from adapter_loader.remote.text_downloads import TextDownloads
 from adapter_loader.sources import Source
 from adapter_loader.sources.web import HttpSource
 from pipeline.errors import RequestError
@@ -28,6 +30,7 @@ class Parts:
     client: HttpClient
     cache: DiskCache
     downloads: Downloads
+    texts: TextDownloads
     waits: list[float] = field(default_factory=list)
 
 
@@ -45,12 +48,16 @@ def parts(
     cache = DiskCache(folder=folder, max_bytes=cache_bytes)
     retries = Retries(tries=TRIES, seconds=seconds, sleep=waits.append)
     downloads = Downloads(client=client, cache=cache, retries=retries, max_adapter_bytes=MAX_BYTES)
-    return Parts(folder, client, cache, downloads, waits)
+    texts = TextDownloads(client=client, downloads=downloads, cache=TextCache(folder / "texts"))
+    return Parts(folder, client, cache, downloads, texts, waits)
 
 
 def http_source(made: Parts, *named: str) -> HttpSource:
     return HttpSource(
-        named=[named_origin(name) for name in named], client=made.client, downloads=made.downloads
+        named=[named_origin(name) for name in named],
+        client=made.client,
+        downloads=made.downloads,
+        texts=made.texts,
     )
 
 

@@ -167,3 +167,22 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_an_extent_that_somebody_uses_already_is_taken_where_it_lies() -> None:
+    arena = space(8)
+    arena.take(2 * PAGE, PAGE + 1)
+    assert arena.used_bytes == 2 * PAGE
+    assert [take(arena, 2, leased=True), take(arena, 4, leased=True)] == [0, 4]
+    assert arena.allocate(1) is None
+    arena.release(2 * PAGE)
+    assert take(arena, 2) == 2
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 7])
+def test_an_extent_that_is_not_free_cannot_be_taken(offset: int) -> None:
+    arena = space(8)
+    take(arena, 1)
+    take(arena, 2, leased=True)
+    with pytest.raises(ValueError, match="is not free"):
+        arena.take(offset * PAGE + (offset == 3), 2 * PAGE)

@@ -14,6 +14,8 @@ from pipeline.messages import (
     Failure,
     FailureKind,
     ForgetAdapter,
+    Lease,
+    Leased,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -551,3 +553,70 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+# --- after a death --------------------------------------------------------------------------------
+
+
+def test_what_a_predecessor_has_leased_is_not_given_to_others() -> None:
+    loader = core(pages=3)
+    loader.leased(Leased((Lease(key("a"), PAGE, PAGE),)))
+    assert stage(loader, "b") == 0
+    load(loader, "c")
+    fetched(loader, "c", pages=2)
+    assert loader.take_actions() == [StartFetch(key("c"), None, None)]  # there is no room
+    assert release(loader, "a", 1)
+    assert loader.take_outbox() == [AdapterDropped(key("a"))]
+    assert loader.take_actions() == [StartPack(key("c"), PAGE, 2 * PAGE)]
+
+
+def test_what_a_predecessor_has_leased_answers_no_load() -> None:
+    loader = core()
+    loader.leased(Leased((Lease(key("a"), 0, PAGE),)))
+    assert stage(loader, "a") == 1
+    assert release(loader, "a", 0)
+    assert loader.take_outbox() == []  # the newer one is there
+    assert release(loader, "a", 1)
+
+
+def test_another_scheduler_has_leased_nothing_and_finds_what_is_staged() -> None:
+    loader = core(pages=2)
+    stage(loader, "a")
+    stage(loader, "b")
+    loader.start_over()
+    assert not release(loader, "a", 0)
+    load(loader, "b")
+    assert loader.take_actions() == [StartFetch(key("b"), None, (1,))]
+    loader.unchanged(key("b"))
+    assert loader.take_outbox() == [staged("b", 1)]
+    assert stage(loader, "c") == 0  # in place of what nobody leases
+
+
+def test_another_scheduler_gets_no_answer_that_it_has_not_asked_for() -> None:
+    loader = core(pages=1)
+    stage(loader, "taken")
+    for name in ("fetching", "waiting", "failing"):
+        load(loader, name)
+    fetched(loader, "waiting")
+    forget(loader, "taken")
+    loader.take_actions()
+    loader.start_over()
+    assert loader.take_actions() == [Discard(key("waiting"))]
+    fetched(loader, "fetching")
+    loader.failed(key("failing"), BROKEN, 1)
+    loader.expire(1000)
+    assert loader.take_actions() == [Discard(key("fetching"))]
+    assert loader.take_outbox() == []
+    assert loader.next_deadline() is None
+
+
+def test_a_fetch_under_way_serves_another_scheduler() -> None:
+    loader = core()
+    load(loader)
+    loader.take_actions()
+    loader.start_over()
+    load(loader)
+    assert loader.take_actions() == []
+    fetched(loader)
+    loader.packed(key("a"), "a (1,)")
+    assert loader.take_outbox() == [staged("a", 0)]

@@ -171,3 +171,17 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         cache(tmp_path / "file").filling("a"),
     ):
         raise AssertionError("there is no folder")
+
+
+def test_what_a_dead_process_has_left_and_nobody_can_go_on_with_is_removed(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    with kept.filling("a") as whole, kept.filling("a") as private, kept.filling("b") as begun:
+        (begun / WEIGHTS).write_bytes(b"half")
+        names = {path.name for path in (whole, private, begun)}
+        cache(tmp_path)
+        assert {path.name for path in (tmp_path / "partial").iterdir()} == names  # they are in use
+    for name in ("a.left", "removed-left"):
+        (tmp_path / "partial" / name).mkdir()
+    cache(tmp_path)
+    assert {path.name for path in (tmp_path / "partial").iterdir()} == {"a", "b"}
+    assert (tmp_path / "partial" / "b" / WEIGHTS).read_bytes() == b"half"

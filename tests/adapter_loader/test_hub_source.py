@@ -66,6 +66,7 @@ def source_of(hub: FakeHub, tmp_path: Path, made: Parts) -> MakeSource:
     ) -> HubSource:
         return HubSource(
             downloads=made.downloads,
+            texts=made.texts,
             max_adapter_bytes=MAX_BYTES,
             share_token=share_token,
             stall_seconds=stall_seconds,

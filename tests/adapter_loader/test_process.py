@@ -9,19 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from adapter_loader.checkpoint import BaseModel
 from pipeline.arena import arena_path, attach
 from pipeline.channels import Inbox, Outbox
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
+    AdapterDropped,
     AdapterFailed,
     AdapterKey,
     AdapterStaged,
+    AdapterTexts,
     ArenaReady,
+    AskTexts,
     FailureKind,
+    ForgetAdapter,
+    ForgetTexts,
     LoadAdapter,
     Message,
     ProcessReady,
@@ -30,6 +36,7 @@ from pipeline.messages import (
     Stats,
     ToFrontend,
     ToScheduler,
+    ToTokenizerWorker,
 )
 from tests.adapter_loader.adapters import (
     base_config,
@@ -69,8 +76,20 @@ class Running:
             opened.callback(self.scheduler.close)
             self.frontend: Inbox[ToFrontend] = Inbox(self.run_dir, "frontend", 0, ToFrontend)
             opened.callback(self.frontend.close)
+            self.tokenizer_worker: Inbox[ToTokenizerWorker] = Inbox(
+                self.run_dir, "tokenizer_workers", 0, ToTokenizerWorker
+            )
+            opened.callback(self.tokenizer_worker.close)
             self.outbox = Outbox(self.run_dir)
             opened.callback(self.outbox.close, 0)
+            for process in (
+                "scheduler",
+                "frontend",
+                "tokenizer_workers",
+            ):  # who is not known, is told nothing
+                peer = Outbox(self.run_dir, Incarnation(process))
+                opened.callback(peer.close, 0)
+                peer.greet("adapter_loader")
             with (folder / "log").open("w") as log:
                 self.process = subprocess.Popen(
                     [sys.executable, "-m", "adapter_loader"],
@@ -110,6 +129,16 @@ class Running:
         message = self.receive(AdapterStaged)
         assert message.adapter.id == name
         return message
+
+    def texts(self, name: str, **known: Any) -> AdapterTexts:
+        """Ask for an adapter's files for tokenizers, and wait for them."""
+        self.send(AskTexts(5, 0, AdapterKey("local", name), **known))
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            for message in self.tokenizer_worker.receive(1000):
+                if isinstance(message, AdapterTexts):
+                    return message
+        raise AssertionError(f"no texts have come: {self.log.read_text()}")
 
     def shut_down(self) -> int:
         self.send(Shutdown("scheduler"))
@@ -178,6 +207,30 @@ def test_an_adapter_that_has_changed_has_another_content(loader: Running) -> Non
         loader.send(ReleaseAdapter(staged.adapter, staged.arena_offset))
 
 
+def test_what_an_adapter_ships_for_tokenizers_is_told_and_known_again(loader: Running) -> None:
+    folder = loader.root / "shipping"
+    shutil.copytree(loader.root / "good", folder)
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "tokenizer.json").write_text("{}")
+    told = loader.texts("shipping")
+    assert (told.question_id, told.adapter.id, told.failure) == (5, "shipping", None)
+    assert told.files == {"chat_template.jinja": b"{{ messages }}", "tokenizer.json": b"{}"}
+    assert loader.texts("shipping", known=told.version).files is None
+    (folder / "chat_template.jinja").write_text("{{ other }}")
+    again = loader.texts("shipping", known=told.version, known_tokenizers=(told.tokenizer,))
+    assert again.files == {"chat_template.jinja": b"{{ other }}"}
+    missing = loader.texts("missing").failure
+    assert missing is not None
+    assert (missing.status, missing.message[:13]) == (404, "there is no s")
+
+
+def test_a_worker_is_told_to_forget_what_the_scheduler_has_forgotten(loader: Running) -> None:
+    key = AdapterKey("local", "good")
+    loader.send(ForgetAdapter(key))
+    loader.receive(AdapterDropped)
+    assert loader.tokenizer_worker.receive(WAIT_SECONDS * 1000) == [ForgetTexts(key)]
+
+
 def test_a_bad_adapter_fails_alone(loader: Running) -> None:
     for name in ("bad", "good", "missing", "bad"):
         loader.load(name)
@@ -236,7 +289,7 @@ def test_a_silent_hub_holds_up_neither_local_adapters_nor_the_end(
         assert running.shut_down() == 0
     assert not arena_path(running.run_dir).exists()
     left = sorted(path.name for path in running.run_dir.iterdir())
-    assert left == ["frontend.0.sock", "scheduler.0.sock"]
+    assert left == ["frontend.0.sock", "scheduler.0.sock", "tokenizer_workers.0.sock"]
     assert "Traceback" not in running.log.read_text()
 
 

@@ -13,6 +13,7 @@ from moto.server import ThreadedMotoServer
 from adapter_loader.remote.http_client import Limits
 from adapter_loader.sources.pbase import PbaseSource
 from adapter_loader.sources.s3 import S3Source, S3Store
+from pipeline.errors import RequestError
 from pipeline.messages import AdapterKey, FailureKind
 from tests.adapter_loader.adapters import CONFIG, WEIGHTS
 from tests.adapter_loader.remote_parts import (
@@ -69,7 +70,9 @@ def put(s3: Any, good_adapter: Path) -> Callable[..., bytes]:
 
 
 def store(endpoint: str, made: Parts) -> S3Store:
-    return S3Store(endpoint=endpoint, limits=Limits(5, 5), downloads=made.downloads)
+    return S3Store(
+        endpoint=endpoint, limits=Limits(5, 5), downloads=made.downloads, texts=made.texts
+    )
 
 
 def source(endpoint: str, folder: Path, bucket: str = BUCKET) -> S3Source:
@@ -164,6 +167,25 @@ def test_a_store_that_refuses_or_is_away_is_said(tmp_path: Path) -> None:
         assert_refused(gone, KEY, FailureKind.ADAPTER_UNAVAILABLE, "cannot be reached")
 
 
+def test_what_lies_beside_the_weights_for_tokenizers_is_read_and_a_change_is_noticed(
+    endpoint: str, s3: Any, put: Callable[..., bytes], tmp_path: Path
+) -> None:
+    put("team/texts")
+    key = AdapterKey("s3", f"s3://{BUCKET}/team/texts")
+    made = source(endpoint, tmp_path)
+    nothing = made.texts(key, None, "")
+    assert nothing is not None
+    assert nothing.files == {}
+    for content in (b"{{ one }}", b"{{ two }}"):
+        s3.put_object(Bucket=BUCKET, Key="team/texts/chat_template.jinja", Body=content)
+        found = made.texts(key, None, nothing.version)
+        assert found is not None
+        assert found.files == {"chat_template.jinja": content}
+        assert made.texts(key, None, found.version) is None
+    with pytest.raises(RequestError, match="its bucket is not one"):
+        made.texts(AdapterKey("s3", "s3://other/x"), None, "")
+
+
 # --- pbase ---------------------------------------------------------------------------------------
 
 VERSION = "/v2/repos/support/version/3"
@@ -202,6 +224,22 @@ def test_the_gateway_says_where_a_version_lies_to_those_who_may_know(
     assert_refused(made, ADAPTER, forbidden, "gateway", "403", token="pb_other")
     assert_refused(made, ADAPTER, forbidden, "needs a token")
     assert "" not in gateway.tokens
+
+
+def test_the_gateway_says_also_who_may_read_what_lies_beside_the_weights(
+    gateway: WebServer, endpoint: str, s3: Any, put: Callable[..., bytes], tmp_path: Path
+) -> None:
+    put("uploads/8")
+    s3.put_object(Bucket=BUCKET, Key="uploads/8/tokenizer_config.json", Body=b"{}")
+    gateway.files[VERSION] = reply(adapterPath="uploads/8/", adapterStatus="completed")
+    made = pbase(gateway, endpoint, tmp_path)
+    found = made.texts(ADAPTER, "pb_mine", "")
+    assert found is not None
+    assert found.files == {"tokenizer_config.json": b"{}"}
+    for token in ("pb_other", None):
+        with pytest.raises(RequestError) as caught:
+            made.texts(ADAPTER, token, found.version)
+        assert caught.value.kind == FailureKind.ADAPTER_FORBIDDEN
 
 
 def test_what_the_gateway_knows_only_in_the_old_way_is_found(

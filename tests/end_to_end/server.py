@@ -66,6 +66,16 @@ class Server:
         found = re.findall(r"(\w+)\.1 started \(pid=(\d+)\)", self.output())
         return {name: int(pid) for name, pid in found}
 
+    def pid(self, process: str, index: int = 0) -> int:
+        """Of the incarnation that its keep-alive has started last."""
+        found = re.findall(
+            rf"process={process} event=started index={index} pid=(\d+)", self.output()
+        )
+        return int(found[-1])
+
+    def signal(self, process: str, number: int = signal.SIGKILL, index: int = 0) -> None:
+        os.kill(self.pid(process, index), number)
+
     def exit_codes(self) -> dict[str, int]:
         found = re.findall(r"(\w+)\.1 stopped \(rc=(-?\d+)\)", self.output())
         return {name: int(code) for name, code in found}

@@ -35,14 +35,14 @@ def make_model(folder: Path, tokenizer: Path, hidden: int = 64) -> Path:
     return folder
 
 
-def make_adapter(folder: Path, model: Path, seed: int = 0) -> Path:
+def make_adapter(folder: Path, model: Path, seed: int = 0, *, std: float = 0.5) -> Path:
     torch.manual_seed(seed)
     base = LlamaForCausalLM.from_pretrained(model)
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj", "down_proj"])
     adapted = get_peft_model(base, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
+            torch.nn.init.normal_(parameter, std=std)
     adapted.save_pretrained(str(folder))
     return folder
 

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from frontend.adapters import scope_of
+from pipeline.errors import RequestError
 from pipeline.messages import (
     AdapterDescription,
     AdapterKey,
@@ -403,3 +404,13 @@ async def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     backend = Scheduled()
     backend.commands.answer(AdminDone(5))
     assert (await backend.post("/v1/load_lora_adapter", LOAD)).status_code == 200
+
+
+async def test_a_command_that_a_dead_scheduler_was_given_fails() -> None:
+    backend = Scheduled()
+    asked = asyncio.create_task(backend.commands.do(AdminCommand(0, 0, AdminVerb.UNLOAD, "x")))
+    await asyncio.sleep(0)  # until it is sent
+    backend.commands.scheduler_started()
+    with pytest.raises(RequestError, match="The scheduler died before this was done") as failed:
+        await asked
+    assert failed.value.status == 503

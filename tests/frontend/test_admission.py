@@ -69,3 +69,13 @@ def test_places_are_never_exceeded_nor_lost_and_workers_stay_even(
         elif inside:
             admission.leave(inside.pop(len(inside) // 2))
         assert admission.in_flight == len(inside) <= places
+
+
+def test_who_has_died_is_given_nobody_while_another_lives() -> None:
+    admission = Admission(places=8, workers=2)
+    admission.worker_died(0)
+    assert [admission.enter() for _ in range(3)] == [1, 1, 1]
+    admission.worker_died(1)
+    assert [admission.enter() for _ in range(3)] == [0, 0, 0]
+    admission.worker_started(1)
+    assert admission.enter() == 1

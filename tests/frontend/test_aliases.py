@@ -4,7 +4,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frontend import aliases
-from pipeline.messages import MERGED, AdapterKey, Aliases, Merge, MergePart, MergeStrategy
+from pipeline.messages import (
+    MERGED,
+    AdapterKey,
+    Aliases,
+    Merge,
+    MergePart,
+    MergeStrategy,
+    NamesKept,
+)
 
 A, B = AdapterKey("hub", "org/a"), AdapterKey("hub", "org/b")
 PRIVATE_A = AdapterKey("hub", "org/a", scope="me")
@@ -103,3 +111,15 @@ def test_versions_are_confirmed_in_order_and_all_of_them_in_the_end(events: list
     for request_id in in_flight:
         known.ended(request_id)
     assert known.versions == list(range(1, version + 1))
+
+
+def test_another_scheduler_is_told_the_names_and_nothing_of_versions() -> None:
+    known = Known()
+    assert known.scheduler_started() is None
+    known.names(4, sql=A)
+    known.began(7, A)
+    known.names(5)
+    known.names(6, other=B)
+    assert known.scheduler_started() == NamesKept(6, {"other": B}, 0)
+    known.ended(7)
+    assert known.versions == [4]  # its predecessor's are nothing to it

@@ -125,7 +125,9 @@ BOTH = {
     "prompt_cache_retention": ignored("the prefix cache keeps what it can", "24h"),
 }
 CHAT = BOTH | {
-    "messages": honoured("through the chat template", [{"role": "user", "content": "Ho"}]),
+    "messages": honoured(
+        "through a chat template: docs/chat_templates.md", [{"role": "user", "content": "Ho"}]
+    ),
     "max_tokens": honoured("the old name of max_completion_tokens", 5),
     "max_completion_tokens": honoured("the length", 5),
     "chat_template": honoured("vLLM's, where the operator allows it", "{{ messages }}"),

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.messages import (
     End,
+    EndsHeard,
     FailureKind,
     FinishReason,
     Piece,
@@ -69,7 +70,11 @@ async def test_the_adapters_name_goes_all_the_way() -> None:
     reply = await backend.post(CHAT, chat(model="org/x"), headers={"Authorization": "Bearer hf_t"})
     assert reply.json()["model"] == "org/x"
     kinds = [(process, type(message)) for process, message, _ in backend.sent]
-    assert kinds == [("scheduler", Prefetch), ("tokenizer_workers", Prompt)]
+    assert kinds == [
+        ("scheduler", Prefetch),
+        ("tokenizer_workers", Prompt),
+        ("scheduler", EndsHeard),
+    ]
     (prompt,) = backend.prompts()
     assert prompt.adapter is not None
     assert (prompt.adapter.source, prompt.adapter.id) == ("hub", "org/x")

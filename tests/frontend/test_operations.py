@@ -53,6 +53,27 @@ async def test_the_last_process_that_is_waited_for_makes_it_ready_once() -> None
     assert not processes.ready(ProcessReady("gpu_worker"))  # it was started again
 
 
+async def test_a_process_that_dies_makes_it_unready_until_another_takes_its_place() -> None:
+    backend = Backend()
+    backend.processes.died("gpu_worker", 0, "signal 9 (Killed)")
+    unhealthy = await backend.get("/health")
+    assert unhealthy.status_code == 503
+    assert unhealthy.json()["error"].endswith(
+        "waiting for gpu_worker; gpu_worker died: signal 9 (Killed)"
+    )
+    assert backend.processes.missing() == []  # so requests are let in, and wait
+    backend.processes.died("gpu_worker", 0)  # it has started, and is not ready
+    assert backend.processes.waits_for().endswith("signal 9 (Killed)")
+    assert backend.processes.ready(ProcessReady("gpu_worker"))
+    assert (await backend.get("/health")).status_code == 200
+
+
+async def test_the_death_of_a_frontend_is_nothing_to_the_others() -> None:
+    backend = Backend()
+    backend.processes.died("frontend", 1, "signal 9 (Killed)")
+    assert (await backend.get("/health")).status_code == 200
+
+
 @pytest.mark.parametrize("route", ["/", "/health", "/ping"])
 async def test_it_is_healthy_from_ready_to_drain(route: str) -> None:
     starting = await Backend(ready=False).get(route)

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from frontend.__main__ import ready_line
 from pipeline.channels import Inbox, Outbox
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     Cancel,
     Message,
@@ -48,12 +49,14 @@ class Frontend:
             self.run_dir, "tokenizer_workers", 0, ToTokenizerWorker
         )
         self._outbox = Outbox(self.run_dir)
+        self._worker = Outbox(self.run_dir, Incarnation("tokenizer_workers"))
+        self._worker.greet("frontend", given.get("FRONTENDS", 1))  # else it is told nothing
         self._received: list[ToTokenizerWorker] = []
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "frontend"],
+            [sys.executable, "-m", "pipeline.keep_alive", "frontend"],
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # so that all frontends get a signal, as honcho sends it
+            start_new_session=True,  # as honcho does, which sends signals to all of it
             env={**os.environ, **{f"LORADEX_{k}": str(v) for k, v in environment.items()}},
         )
 
@@ -89,7 +92,8 @@ class Frontend:
         if self._process.poll() is None:
             self._process.kill()
             self.exit_code()
-        self._outbox.close(0)
+        for outbox in (self._outbox, self._worker):
+            outbox.close(0)
         self._inbox.close()
         shutil.rmtree(self.run_dir)
 

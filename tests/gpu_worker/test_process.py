@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.arena import create
 from pipeline.channels import Inbox, Outbox
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterPlaced,
     AttachArena,
@@ -58,19 +59,30 @@ def peers(tmp_path: Path, llama_folder: Path) -> Iterator[Peers]:
     scheduler = Inbox[Any](run_dir, "scheduler", 0, ToScheduler)
     frontend = Inbox[Any](run_dir, "frontend", 0, ToFrontend)
     outbox = Outbox(run_dir)
+    neighbours = [Outbox(run_dir, Incarnation(one)) for one in ("scheduler", "frontend")]
+    for neighbour in neighbours:  # who is not known, is told nothing
+        neighbour.greet("gpu_worker")
     process = subprocess.Popen([sys.executable, "-m", "gpu_worker"], env=environment)
     yield Peers(process, scheduler, frontend, outbox, run_dir)
     process.kill()
     process.wait()
-    outbox.close(0)
+    for box in (outbox, *neighbours):
+        box.close(0)
     scheduler.close()
     frontend.close()
 
 
-def receive(inbox: Inbox[Any], count: int) -> list[Any]:
+def another_scheduler(peers: Peers) -> None:
+    """The one before has died."""
+    outbox = Outbox(peers.run_dir, Incarnation("scheduler"))
+    outbox.greet("gpu_worker")
+    outbox.close()
+
+
+def receive(inbox: Inbox[Any], count: int, timeout_ms: int = TIMEOUT_MS) -> list[Any]:
     messages: list[Any] = []
     while len(messages) < count:
-        arrived = inbox.receive(TIMEOUT_MS)
+        arrived = inbox.receive(timeout_ms)
         assert arrived, "nothing came"
         messages += arrived
     return messages
@@ -113,6 +125,17 @@ def test_it_gets_ready_runs_steps_in_order_and_leaves(
     assert isinstance(announced, ProcessReady)
     assert announced.facts["dtype"] == "torch.float32"
     assert all(isinstance(message, Stats) for message in others)
+
+    another_scheduler(peers)
+    assert receive(peers.scheduler, 1) == [ready]
+    with pytest.raises(AssertionError, match="nothing came"):
+        receive(peers.scheduler, 1, timeout_ms=50)  # nothing is answered that the first has asked
+    peers.outbox.send("gpu_worker", AttachArena(str(path), 1 << 20))
+    for copy in copies:
+        peers.outbox.send("gpu_worker", PlaceAdapter(copy))
+    peers.outbox.send("gpu_worker", Step(1, prefill=chunk, new_rows=(row,)))
+    *_, again = receive(peers.scheduler, 4)
+    assert again == first
 
     peers.outbox.send("gpu_worker", Shutdown("scheduler"))
     assert peers.process.wait(timeout=30) == 0

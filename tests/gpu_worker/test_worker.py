@@ -10,7 +10,7 @@ from gpu_worker.build import build_worker
 from gpu_worker.figures import Figures
 from gpu_worker.worker import Worker
 from pipeline.config import Settings
-from pipeline.messages import Logprobs, Sampling, Step
+from pipeline.messages import Logprobs, PlaceAdapter, Sampling, Step
 from tests.gpu_worker.driving import Driver, ints, prompt
 from tests.gpu_worker.packing import Packed, arena_of, pack, random_weights
 
@@ -150,3 +150,41 @@ def test_figures_count_steps_tokens_and_copies(
     assert 0 < busy < values["loradex_step_seconds_sum"]
     assert idle > 0
     assert values["loradex_adapter_copied_bytes_total"] == len(arena)
+
+
+def test_a_worker_that_starts_over_holds_nothing_and_gives_the_same_tokens(
+    llama_folder: Path, packed_adapters: list[Packed]
+) -> None:
+    settings = Settings(device="cpu", kv_cache_bytes=1_000_000, kv_block_tokens=4, rows=4)
+    built = build_worker(settings, llama_folder, Figures(CollectorRegistry()))
+    worker = built.worker
+    arena, copies = arena_of(packed_adapters)
+    worker.attach_arena(arena)
+    replies = []
+    for _ in range(2):
+        driver = Driver(worker, blocks=range(50), block_tokens=4)
+        driver.step(copies=copies)
+        rows = [driver.add(row, prompt(row, 9), slot=row - 1) for row in range(3)]
+        driver.generate(range(3), 5)
+        replies.append([row.produced for row in rows])
+        worker.launch(Step(99, decode_rows=ints([0]), block_rows=ints([0]), blocks=ints([49])))
+        before = worker.grammars
+        worker.start_over(built.new_grammars())
+        assert worker.grammars is not before
+        assert not worker.rows.length.any()
+        assert not worker.adapters.adapters
+        assert not worker.adapters.is_placing
+    assert replies[0] == replies[1]
+
+
+def test_what_was_being_copied_is_forgotten_by_a_worker_that_starts_over(
+    llama_folder: Path, packed_adapters: list[Packed]
+) -> None:
+    built = build_worker(Settings(device="cpu"), llama_folder, Figures(CollectorRegistry()))
+    arena, copies = arena_of(packed_adapters)
+    built.worker.attach_arena(arena)
+    for copy in copies:
+        built.worker.place(PlaceAdapter(copy))
+    built.worker.start_over(built.new_grammars())
+    assert not built.worker.advance(1.0)
+    assert built.worker.placed() == []

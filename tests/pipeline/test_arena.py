@@ -57,3 +57,39 @@ def test_each_run_folder_has_its_own_arena_and_always_the_same(tmp_path: Path) -
     assert first != second
     assert first == arena_path(tmp_path / "b" / ".." / "a")
     assert first.parent == SHARED_MEMORY
+
+
+def test_a_successor_takes_over_the_arena_of_a_dead_loader(path: Path) -> None:
+    with create(path, NBYTES) as dead, attach(path, NBYTES) as read:
+        inode = path.stat().st_ino
+        dead[0] = 1
+        with create(path, NBYTES) as successor:
+            assert path.stat().st_ino == inode
+            successor[1] = 2
+            assert read[:2] == bytes([1, 2])
+
+
+@pytest.mark.parametrize("strange", ["readable", "link", "folder"])
+def test_what_is_not_an_arena_of_ours_is_not_taken_over(
+    path: Path, tmp_path: Path, strange: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(bytes(NBYTES))
+    victim.chmod(0o600)
+    match strange:
+        case "readable":
+            path.write_bytes(bytes(NBYTES))
+            path.chmod(0o644)
+        case "link":
+            path.symlink_to(victim)
+        case "folder":
+            path.mkdir()
+            with pytest.raises(OSError, match="directory"):
+                create(path, NBYTES)
+            path.rmdir()
+            return
+    with create(path, NBYTES) as arena:
+        arena[0] = 1
+        assert not path.is_symlink()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert victim.read_bytes() == bytes(NBYTES)

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline.errors import ConfigError
 from pipeline.process import run
 def out(*words): os.write(1, (" ".join(map(str, words)) + chr(10)).encode())
-def main(settings, index):
+def main(settings, incarnation):
 """
 
 
@@ -28,11 +28,12 @@ def run(tmp_path: Path) -> Run:
     """Run a process whose main has this body."""
 
     def execute(
-        body: str, count: str = "1", **variables: str
+        body: str, process: str = "scheduler", pass_fds: tuple[int, ...] = (), **variables: str
     ) -> "subprocess.CompletedProcess[str]":
         indented = "".join(f"    {line}\n" for line in body.splitlines())
         return subprocess.run(
-            [sys.executable, "-c", f"{PRELUDE}{indented}run('scheduler', main, {count})"],
+            [sys.executable, "-c", f"{PRELUDE}{indented}run({process!r}, main)"],
+            pass_fds=pass_fds,
             env={**os.environ, "LORADEX_RUN_DIR": str(tmp_path / "run"), **variables},
             capture_output=True,
             text=True,
@@ -43,7 +44,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_a_process_has_its_settings_its_run_folder_and_ends_well(run: Run, tmp_path: Path) -> None:
-    ended = run("out(settings.port, index)", LORADEX_PORT="81")
+    ended = run("out(settings.port, incarnation.index)", LORADEX_PORT="81")
     assert (ended.returncode, ended.stdout) == (0, "81 0\n")
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     assert ended.stderr.endswith("level=info process=scheduler event=stopped\n")
@@ -102,23 +103,15 @@ def test_an_interrupt_of_the_terminal_is_left_to_the_supervisor(run: Run) -> Non
     assert (ended.returncode, ended.stdout) == (0, "still here\n")
 
 
-@pytest.mark.parametrize("count", ["3", "lambda settings: settings.tokenizer_workers"])
-def test_several_of_a_process_are_numbered_and_end_together(run: Run, count: str) -> None:
-    ended = run("out(index)", count, LORADEX_TOKENIZER_WORKERS="3")
-    assert (ended.returncode, sorted(ended.stdout)) == (0, ["\n"] * 3 + ["0", "1", "2"])
-    for index in range(3):
-        assert f"process=scheduler.{index} event=stopped" in ended.stderr
-
-
-def test_the_first_fails_when_another_does(run: Run) -> None:
-    ended = run("if index == 1:\n    os._exit(7)\nelse:\n    signal.pause()", "3")
-    assert ended.returncode == 1
-    assert "event=child_died" in ended.stderr
-
-
-def test_the_others_die_with_the_first(run: Run) -> None:
-    ended = run("while index:\n    signal.pause()\nos.kill(os.getpid(), signal.SIGKILL)", "3")
-    assert ended.returncode == -9  # and no other holds stdout open, else run would not return
+def test_one_of_several_is_numbered_as_the_keep_alive_says(run: Run) -> None:
+    body = "out(incarnation.index, incarnation.number, incarnation.restarts)"
+    reads, writes = os.pipe()
+    told = {"LORADEX_INCARNATION": f"1 77 3 {writes}", "LORADEX_TOKENIZER_WORKERS": "2"}
+    ended = run(body, process="tokenizer_workers", pass_fds=(writes,), **told)
+    os.close(reads)
+    os.close(writes)
+    assert (ended.returncode, ended.stdout) == (0, "1 77 3\n")
+    assert "process=tokenizer_workers.1 event=stopped" in ended.stderr
 
 
 def test_a_run_folder_that_others_can_read_is_refused(tmp_path: Path) -> None:

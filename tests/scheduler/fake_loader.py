@@ -9,6 +9,7 @@ from pipeline.messages import (
     Failure,
     FailureKind,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
     ReleaseAdapter,
 )
@@ -24,20 +25,37 @@ class FakeLoader:
         self.arena: dict[int, str] = {}  # content by arena offset
         self.contents: dict[AdapterKey, set[str]] = {}  # all that were ever staged
         self.forgets: list[AdapterKey] = []  # not answered
+        self._before: dict[int, AdapterKey] = {}  # leases of a predecessor
         self._offset = 0
 
-    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None:
-        if isinstance(message, ForgetAdapter):
+    def start_over(self) -> None:
+        """It has died and was started again: nothing is leased until the scheduler says so."""
+        self.loads.clear()
+        self.forgets.clear()
+        self._before, self.leases = self.leases, {}
+
+    def reuse(self) -> None:
+        """Whatever is not leased is overwritten."""
+        for offset in self._before.keys() - self.leases.keys():
+            del self.arena[offset]
+        self._before = {}
+
+    def send(self, message: LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter) -> None:
+        if isinstance(message, Leased):
+            for lease in message.leases:
+                assert self._before[lease.arena_offset] == lease.adapter, "it was not leased"
+                self.leases[lease.arena_offset] = lease.adapter
+        elif isinstance(message, ReleaseAdapter):
+            assert self.leases.pop(message.arena_offset) == message.adapter
+            del self.arena[message.arena_offset]
+        elif isinstance(message, ForgetAdapter):
             assert message.adapter not in [load.adapter for load in self.loads], "it is loading"
             assert message.adapter not in self.leases.values(), "it is leased"
             self.forgets.append(message.adapter)
-        elif isinstance(message, LoadAdapter):
+        else:
             assert message.adapter not in [load.adapter for load in self.loads], "asked twice"
             assert message.adapter not in self.forgets, "it is being forgotten"
             self.loads.append(message)
-        else:
-            assert self.leases.pop(message.arena_offset) == message.adapter
-            del self.arena[message.arena_offset]
 
     def forget(self, which: int = 0) -> AdapterDropped:
         return AdapterDropped(self.forgets.pop(which))

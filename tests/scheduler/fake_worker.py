@@ -118,6 +118,7 @@ class FakeWorker:
         self.run_steps: list[Step] = []
         self.placing: deque[PlaceAdapter] = deque()  # sent, not done
         self.placements: list[PlaceAdapter] = []  # all that were sent
+        self.compiled = {0}  # ids of grammars
         self._arena = arena
         self._step_tokens = step_tokens
         self._chunk_tokens = chunk_tokens
@@ -148,8 +149,9 @@ class FakeWorker:
     def run(self) -> StepDone:
         """Run the oldest step that was sent."""
         step = self.steps.popleft()
+        if self.run_steps:
+            assert step.step_id == self.run_steps[-1].step_id + 1
         self.run_steps.append(step)
-        assert step.step_id == len(self.run_steps)
         self._change_rows(step)
         decode_rows = unpack(step.decode_rows)
         numbers = unpack(step.prefill)
@@ -213,6 +215,7 @@ class FakeWorker:
     def _add(self, new: NewRow) -> None:
         assert new.row not in self._rows, "the row is taken"
         assert 0 <= new.row < self.ready.rows
+        assert new.grammar_id in self.compiled, "the grammar is not compiled"
         row = Row(new, self._content_of[new.slot])
         assert new.cached_tokens < len(row.token_ids)
         assert new.cached_tokens % self.ready.block_tokens == 0

@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
     AdapterKey,
     AdapterPlaced,
@@ -77,6 +78,9 @@ class Neighbours:
             process: Inbox(run_dir, process, 0, union) for process, union in UNIONS.items()
         }
         self._outbox = Outbox(run_dir)
+        self._peers = [Outbox(run_dir, Incarnation(process)) for process in UNIONS]
+        for peer in self._peers:  # who is not known, is told nothing
+            peer.greet("scheduler")
         self._arrived: dict[str, list[Message]] = {process: [] for process in UNIONS}
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
         with self._log.open("w") as log:
@@ -108,7 +112,8 @@ class Neighbours:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._outbox.close(linger_ms=0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(linger_ms=0)
         for inbox in self._inboxes.values():
             inbox.close()
 

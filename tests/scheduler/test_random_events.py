@@ -31,6 +31,7 @@ requests = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "tenant": st.sampled_from(("", "one", "another")),
         "choices": st.sampled_from((1, 1, 1, 2, 4)),
+        "grammar": st.sampled_from(("", "", "", "one", "another")),
         "logprobs": st.sampled_from((None, None, Logprobs(), Logprobs(1, prompt_top=1))),
     }
 )
@@ -79,6 +80,7 @@ class AnyOrder(RuleBasedStateMachine):
             **sizes,
         )
         self.workers = workers
+        self.away: set[int] = set()  # tokenizer workers that do not work yet
         self.worker_is_ready = self.arena_is_ready = started
 
     @precondition(lambda self: not self.worker_is_ready)
@@ -93,16 +95,76 @@ class AnyOrder(RuleBasedStateMachine):
         self.world.arena_ready()
         self.arena_is_ready = True
 
+    @precondition(lambda self: self.worker_is_ready)
+    @rule(kv_blocks=st.sampled_from((16, 20)))
+    def worker_dies(self, kv_blocks: int) -> None:
+        self.world.lose_worker(kv_blocks=kv_blocks)
+        self.worker_is_ready = False
+
+    @precondition(lambda self: self.arena_is_ready)
+    @rule()
+    def loader_dies(self) -> None:
+        self.world.lose_loader()
+        self.arena_is_ready = False
+
     @rule(burst=st.lists(requests | embedded, min_size=1, max_size=6))
     def submit(self, burst: list[dict[str, Any]]) -> None:
         for request in burst:
             worker = len(self.world.requests) % self.workers
-            self.world.submit(worker=worker, **request)
+            self.world.submit(worker=worker, is_lost=worker in self.away, **request)
 
     @precondition(lambda self: self.world.requests)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.world.cancel(data.draw(st.integers(1, len(self.world.requests))))
+        request_id = data.draw(st.integers(1, len(self.world.requests)))
+        is_away = self.world.requests[request_id].worker in self.away
+        is_lost = is_away and request_id in self.world.unheard
+        self.world.cancel(request_id, is_lost=is_lost)
+
+    @precondition(lambda self: self._running())
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        self.world.stop(data.draw(st.sampled_from(self._running())))
+
+    def _running(self) -> list[int]:
+        """Those that have said something, as their tokenizer workers know it."""
+        world = self.world
+        over = world.finished.keys() | world.cancelled | world.unheard
+        return [one for one, tokens in world.tokens.items() if tokens and one not in over]
+
+    @precondition(lambda self: self.world.finished.keys() - self.world.heard)
+    @rule(data=st.data())
+    def hear(self, data: st.DataObject) -> None:
+        unheard = sorted(self.world.finished.keys() - self.world.heard)
+        self.world.hear(data.draw(st.sampled_from(unheard)))
+
+    @rule(data=st.data())
+    def kill_tokenizer(self, data: st.DataObject) -> None:
+        worker = data.draw(st.integers(0, self.workers - 1))
+        self.world.kill_tokenizer(worker)
+        self.away.add(worker)
+
+    @precondition(lambda self: self.world.dead)
+    @rule(data=st.data())
+    def meet_tokenizer(self, data: st.DataObject) -> None:
+        self.world.meet_tokenizer(data.draw(st.sampled_from(sorted(self.world.dead))))
+
+    @precondition(lambda self: self.away - self.world.dead)
+    @rule(data=st.data())
+    def still_open(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from(sorted(self.away - self.world.dead)))
+        self.world.still_open(worker)
+        self.away.discard(worker)
+
+    @precondition(lambda self: self._forgotten())
+    @rule(data=st.data())
+    def submit_again(self, data: st.DataObject) -> None:
+        self.world.submit_again(data.draw(st.sampled_from(self._forgotten())))
+
+    def _forgotten(self) -> list[int]:
+        """What tokenizer workers that work are yet to submit again."""
+        world = self.world
+        return sorted(one for one in world.unheard if world.requests[one].worker not in self.away)
 
     @rule(
         verb=st.sampled_from(AdminVerb),
@@ -160,6 +222,11 @@ class AnyOrder(RuleBasedStateMachine):
             if self.world.worker.steps:
                 self.world.step(arrivals=arrivals)
 
+    @precondition(lambda self: self.world.compiling)
+    @rule(error=st.sampled_from(("", "", "", "it is too complex")))
+    def compile(self, error: str) -> None:
+        self.world.compile(error)
+
     @precondition(lambda self: self.world.worker.placing)
     @rule()
     def arrive(self) -> None:
@@ -174,8 +241,10 @@ class AnyOrder(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world, figures = self.world, self.world.core.figures()
-        gone = len(world.finished) + len(world.cancelled)
-        assert figures.requests_running + figures.requests_waiting == len(world.requests) - gone
+        if not (self.away or world.unheard):
+            gone = len(world.finished) + len(world.cancelled)
+            assert figures.requests_running + figures.requests_waiting == len(world.requests) - gone
+            assert figures.replies_kept == len(world.finished.keys() - world.heard)
         assert 0 <= figures.kv_blocks_used <= figures.kv_blocks_total
         assert figures.adapter_pool_used_bytes <= POOL_BYTES
 
@@ -186,6 +255,11 @@ class AnyOrder(RuleBasedStateMachine):
             self.worker_ready()
         if not self.arena_is_ready:
             self.arena_ready()
+        for worker in self.away:
+            self.world.meet_tokenizer(worker)
+            self.world.still_open(worker)
+        while self.world.unheard:
+            self.world.submit_again(min(self.world.unheard))
         self.world.run()
         self._check_commands()
         self._check_replies()
@@ -231,7 +305,8 @@ class AnyOrder(RuleBasedStateMachine):
                     ]
                 continue
             whole = end is not None and end.reason is not FinishReason.ERROR
-            limit = request.max_tokens if whole else len(produced)
+            cut = not whole or request_id in world.stopped
+            limit = len(produced) if cut else request.max_tokens
             assert produced == [] or produced in [
                 reply(content, prompt, limit, ignore_eos=request.ignore_eos)
                 for content in contents or ()
@@ -260,6 +335,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     def _check_all_came_back(self) -> None:
         world = self.world
+        for request_id in world.finished.keys() - world.heard:
+            world.hear(request_id)
+        assert world.core.figures().replies_kept == 0
         assert world.loader.leases == {}
         assert world.core.figures().kv_blocks_used == 0
         rows = world.settings.rows

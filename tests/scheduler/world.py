@@ -10,6 +10,7 @@ from benchmarks.simulation.watched import Watched
 from pipeline.choices import request_ids
 from pipeline.config import Settings
 from pipeline.messages import (
+    GONE,
     AdapterDescription,
     AdapterKey,
     AdapterList,
@@ -22,10 +23,13 @@ from pipeline.messages import (
     AttachArena,
     Cancel,
     CompileGrammar,
+    EndsHeard,
     Failure,
     Finished,
+    FinishReason,
     ForgetAdapter,
     GrammarCompiled,
+    Leased,
     ListAdapters,
     LoadAdapter,
     Logprobs,
@@ -33,12 +37,15 @@ from pipeline.messages import (
     Prefetch,
     PromptLogprobs,
     ReleaseAdapter,
+    Resumed,
     Sampling,
     Span,
     Spans,
     Step,
+    StillOpen,
     Submit,
     Tokens,
+    Usage,
 )
 from scheduler.core import Envelope, Scheduler
 from scheduler.fair_share import FairShare
@@ -58,7 +65,7 @@ class Loader(Protocol):
     @property
     def arena(self) -> Mapping[int, str]: ...
 
-    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None: ...
+    def send(self, message: LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter) -> None: ...
 
 
 class World:
@@ -86,16 +93,13 @@ class World:
         self.core = Scheduler(settings=self.settings, eos_token_ids=(EOS,), policy=self.watched)
         self.loader = FakeLoader()
         self._to_loader = self.loader if loader is None else loader
-        self.worker = FakeWorker(
-            arena=self._to_loader.arena,
-            rows=self.settings.rows,
-            kv_blocks=kv_blocks,
-            block_tokens=block_tokens,
-            pool_bytes=pool_bytes,
-            slots=slots,
-            step_tokens=self.settings.step_tokens,
-            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
-        )
+        self._sizes = {
+            "kv_blocks": kv_blocks,
+            "block_tokens": block_tokens,
+            "pool_bytes": pool_bytes,
+            "slots": slots,
+        }
+        self.worker = self._new_worker(**self._sizes)
         self.now = 0.0
         self.sent: list[Envelope] = []  # all that ever left the outbox
         self.requests: dict[int, Submit] = {}
@@ -104,6 +108,11 @@ class World:
         self.prompt_logprobs: dict[int, list[bytes]] = {}
         self.finished: dict[int, Finished] = {}
         self.cancelled: set[int] = set()
+        self.heard: set[int] = set()  # ends that came to their frontend
+        self.stopped: set[int] = set()  # by their tokenizer worker
+        self.dead: set[int] = set()  # tokenizer workers
+        self.unheard: set[int] = set()  # what a worker that died had, until it is submitted again
+        self.before: dict[int, list[int]] = {}  # tokens that it had
         self.commands: dict[int, AdminCommand] = {}
         self.done: dict[int, Failure | None] = {}  # commands that are answered
         self.names = [Aliases(0, {})] * self.settings.frontends  # as each was told them
@@ -114,6 +123,15 @@ class World:
             self.worker_ready()
             self.arena_ready()
 
+    def _new_worker(self, **sizes: int) -> FakeWorker:
+        return FakeWorker(
+            arena=self._to_loader.arena,
+            rows=self.settings.rows,
+            step_tokens=self.settings.step_tokens,
+            chunk_tokens=self.settings.prefill_chunk_tokens or self.settings.step_tokens,
+            **sizes,
+        )
+
     # --- what happens ---
 
     def worker_ready(self) -> None:
@@ -122,6 +140,23 @@ class World:
 
     def arena_ready(self) -> None:
         self.core.arena_ready(ArenaReady("/dev/shm/arena", 1 << 20))
+        self.settle()
+        self.loader.reuse()
+
+    def lose_worker(self, **sizes: int) -> None:
+        """What it has in flight is answered by nobody. Another takes its place, which is not ready
+        yet."""
+        self.worker = self._new_worker(**{**self._sizes, **sizes})
+        self.compiling.clear()
+        self.arena_attached = False
+        self.core.worker_lost(self.now)
+        self.settle()
+
+    def lose_loader(self) -> None:
+        """What it was asked is answered by nobody. Another takes its place, which is not ready
+        yet."""
+        self.loader.start_over()
+        self.core.loader_lost()
         self.settle()
 
     def submit(
@@ -140,6 +175,7 @@ class World:
         trace: str = "",
         grammar: str = "",
         pooling: Pooling | None = None,
+        is_lost: bool = False,
     ) -> int:
         """Returns the request's number; that of its first choice."""
         request = Submit(
@@ -164,14 +200,71 @@ class World:
             self.tokens[request_id] = []
             self.logprobs[request_id] = []
             self.prompt_logprobs[request_id] = []
-        self.core.submit(request, self.now)
+        if is_lost:
+            self.unheard |= {*request_ids(request.request_id, choices)}
+        else:
+            self.core.submit(request, self.now)
         self.settle()
         return request.request_id
 
-    def cancel(self, request_id: int) -> None:
-        self.core.cancel(Cancel(request_id), self.now)
-        if request_id not in self.finished:
-            self.cancelled.add(request_id)
+    def cancel(self, request_id: int, *, is_lost: bool = False) -> None:
+        """Unless it is over for its frontend, which is told on a way that may lose it."""
+        if request_id in self.finished:
+            return
+        self.cancelled.add(request_id)
+        self.unheard.discard(request_id)
+        if not is_lost:
+            self.core.cancel(Cancel(request_id), self.now)
+        self.settle()
+
+    def stop(self, request_id: int) -> None:
+        """Its tokenizer worker has found a stop string in the last token, and ends it."""
+        self.core.cancel(Cancel(request_id, stopped=True), self.now)
+        self.stopped.add(request_id)
+        usage = Usage(len(self.requests[request_id].token_ids) // 4, len(self.tokens[request_id]))
+        self.finished[request_id] = Finished(request_id, FinishReason.STOP, usage)
+        self.settle()
+
+    def hear(self, request_id: int) -> None:
+        """The end has come to its frontend."""
+        self.heard.add(request_id)
+        self.core.ends_heard(EndsHeard([request_id]), self.now)
+        self.settle()
+
+    def kill_tokenizer(self, worker: int) -> None:
+        """Nobody knows what it knew; the frontends have what they have heard of."""
+        self.dead.add(worker)
+        for request_id, request in self.requests.items():
+            over = request_id in self.cancelled or request_id in self.heard
+            if request.worker == worker and not over:
+                self.unheard.add(request_id)
+                self.finished.pop(request_id, None)
+                self.before[request_id] = max(
+                    self.before.get(request_id, []), self.tokens[request_id], key=len
+                )
+                self.tokens[request_id] = []
+                self.logprobs[request_id] = []
+                self.prompt_logprobs[request_id] = []
+
+    def meet_tokenizer(self, worker: int) -> None:
+        """It was started again."""
+        self.dead.discard(worker)
+        self.core.tokenizer_started(worker)
+        self.settle()
+
+    def still_open(self, worker: int) -> None:
+        """What it is going to submit again."""
+        of_worker = [one for one in self.unheard if self.requests[one].worker == worker]
+        self.core.still_open(StillOpen(0, worker, of_worker), self.now)
+        self.settle()
+
+    def submit_again(self, request_id: int) -> None:
+        """All choices of its prompt that somebody waits for."""
+        request = self.requests[request_id]
+        ids = request_ids(request.request_id, request.choices)
+        heard = tuple(len(self.before.get(one, [])) if one in self.unheard else GONE for one in ids)
+        self.unheard -= {*ids}
+        self.core.submit(msgspec.structs.replace(request, heard=heard), self.now)
         self.settle()
 
     def prefetch(self, adapter: str) -> None:
@@ -225,6 +318,8 @@ class World:
     def compile(self, error: str = "") -> None:
         """The worker has compiled the oldest grammar that it was asked for, or could not."""
         asked = self.compiling.pop(0)
+        if not error:
+            self.worker.compiled.add(asked.grammar_id)
         self.core.grammar_compiled(GrammarCompiled(asked.grammar_id, error), self.now)
         self.settle()
 
@@ -283,11 +378,12 @@ class World:
         self.sent += envelopes
         for process, index, message in envelopes:
             match message:
-                case LoadAdapter() | ReleaseAdapter() | ForgetAdapter():
+                case LoadAdapter() | Leased() | ReleaseAdapter() | ForgetAdapter():
                     assert process == "adapter_loader"
                     self._to_loader.send(message)
                 case CompileGrammar():
                     assert process == "gpu_worker"
+                    self.worker.compiled -= {*message.forget}
                     self.compiling.append(message)
                 case Aliases() | AdminDone() | AdapterList():
                     assert process == "frontend"
@@ -298,9 +394,13 @@ class World:
                 case Spans():
                     assert (process, index) == ("frontend", 0)
                     self.spans += message.spans
+                case Tokens() | PromptLogprobs() | Resumed() if index in self.dead:
+                    pass  # who is started again does not get it
                 case Tokens():
                     assert process == "tokenizer_workers"
                     self._read(message, index)
+                case Resumed():
+                    self._resume(message, index)
                 case PromptLogprobs():
                     self._check_open(message.request_id, index)
                     assert not self.tokens[message.request_id], "the prompt comes first"
@@ -331,8 +431,23 @@ class World:
             self._check_open(end.request_id, worker)
             self.finished[end.request_id] = end
 
+    def _resume(self, message: Resumed, worker: int) -> None:
+        """All of it, from the beginning; what was said before is said again."""
+        request_id = message.request_id
+        self._check_open(request_id, worker)
+        assert not self.tokens[request_id]
+        tokens = array("i", message.token_ids).tolist()
+        before = self.before.pop(request_id, [])
+        assert tokens[: len(before)] == before
+        self.tokens[request_id] = tokens
+        self.logprobs[request_id] = message.logprobs
+        self.prompt_logprobs[request_id] = message.prompt_logprobs
+        if message.finished is not None:
+            self.finished[request_id] = message.finished
+
     def _check_open(self, request_id: int, worker: int) -> None:
         assert request_id not in self.finished, "it has ended before"
+        assert request_id not in self.unheard, "its worker does not know it"
         assert request_id not in self.cancelled
         assert self.requests[request_id].worker == worker
 

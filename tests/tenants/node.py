@@ -24,6 +24,7 @@ from pipeline.messages import (
     Failure,
     FinishReason,
     ForgetAdapter,
+    Leased,
     LoadAdapter,
     Prefetch,
     ReleaseAdapter,
@@ -51,10 +52,12 @@ class RealLoader:
             remember_seconds=remember_seconds,
         )
 
-    def send(self, message: LoadAdapter | ReleaseAdapter | ForgetAdapter) -> None:
+    def send(self, message: LoadAdapter | Leased | ReleaseAdapter | ForgetAdapter) -> None:
         match message:
             case LoadAdapter():
                 self._core.load(message, self._sources.now)
+            case Leased():
+                self._core.leased(message)
             case ForgetAdapter():
                 self._core.forget(message)
             case ReleaseAdapter():

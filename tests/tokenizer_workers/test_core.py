@@ -42,7 +42,7 @@ from pipeline.messages import (
     Tools,
     Usage,
 )
-from tokenizer_workers.core import Core
+from tokenizer_workers.core import CUT_OFF, Core
 from tokenizer_workers.details import Vocabulary
 from tokenizer_workers.encode import Encoded
 from tokenizer_workers.tool_calls import ToolCallParser
@@ -114,6 +114,13 @@ def finished(request_id: int = 1, reason: FinishReason = FinishReason.EOS) -> Fi
     return Finished(request_id, reason, USAGE)
 
 
+def said(
+    request_id: int, text: str, tokens: tuple[TokenDetail, ...] = (), *, produced: int | None = None
+) -> Piece:
+    """A piece of as many tokens as letters, unless it is said otherwise; the first one."""
+    return Piece(request_id, text, tokens, (), len(text) if produced is None else produced)
+
+
 def sent(worker: Core) -> list[tuple[str, int, Any]]:
     return [(to.process, to.index, to.message) for to in worker.take_outbox()]
 
@@ -168,8 +175,8 @@ def test_the_tokens_of_a_step_become_one_message_to_each_frontend() -> None:
     worker = started(prompt(1), prompt(2), prompt(SECOND_FRONTEND), frontends=2)
     worker.tokens(Tokens([1, 2, SECOND_FRONTEND], [*b"xyz"], {}), now=11.0)
     assert sent(worker) == [
-        ("frontend", 0, Pieces([Piece(1, "x"), Piece(2, "y")])),
-        ("frontend", 1, Pieces([Piece(SECOND_FRONTEND, "z")])),
+        ("frontend", 0, Pieces([said(1, "x"), said(2, "y")])),
+        ("frontend", 1, Pieces([said(SECOND_FRONTEND, "z")])),
     ]
 
 
@@ -177,7 +184,7 @@ def test_the_text_of_several_steps_travels_as_one_piece() -> None:
     worker = started()
     worker.tokens(step("x"), now=11.0)
     worker.tokens(step("y"), now=11.1)
-    assert to_frontend(worker) == Pieces([Piece(1, "xy")])
+    assert to_frontend(worker) == Pieces([said(1, "xy")])
 
 
 def test_a_step_that_completes_no_character_sends_nothing() -> None:
@@ -190,7 +197,7 @@ def test_the_end_brings_the_text_that_was_held_back() -> None:
     worker = started()
     worker.tokens(step("aX", finished=(finished(),)), now=11.0)
     end = End(1, FinishReason.EOS, USAGE)
-    assert to_frontend(worker) == Pieces([Piece(1, "aX")], (end,))
+    assert to_frontend(worker) == Pieces([said(1, "aX")], (end,))
     assert worker.requests == 0
 
 
@@ -206,12 +213,12 @@ def test_a_stop_string_ends_the_request_here_and_cancels_it_at_the_scheduler() -
     worker = started(prompt(stop=("##",)))
     worker.tokens(step("ab"), now=11.0)
     worker.tokens(step("#"), now=11.5)
-    assert to_frontend(worker) == Pieces([Piece(1, "ab")])
+    assert to_frontend(worker) == Pieces([said(1, "ab", produced=3)])
 
     worker.tokens(step("#"), now=12.0)
     usage = Usage(prompt_tokens=3, completion_tokens=4, first_token_seconds=1.0, total_seconds=2.0)
     assert sent(worker) == [
-        ("scheduler", 0, Cancel(1)),
+        ("scheduler", 0, Cancel(1, stopped=True)),
         ("frontend", 0, Pieces([], (End(1, FinishReason.STOP, usage),))),
     ]
 
@@ -224,8 +231,8 @@ def test_a_stop_string_in_the_last_token_is_the_reason_of_the_end() -> None:
     last = step("a##", finished=(finished(reason=FinishReason.LENGTH),))
     worker.tokens(last, now=11.0)
     cancel, pieces = sent(worker)
-    assert cancel == ("scheduler", 0, Cancel(1))
-    assert pieces[2].pieces == [Piece(1, "a##")]
+    assert cancel == ("scheduler", 0, Cancel(1, stopped=True))
+    assert pieces[2].pieces == [said(1, "a##")]
     assert [end.reason for end in pieces[2].ends] == [FinishReason.STOP]
 
 
@@ -233,14 +240,14 @@ def test_a_stop_string_in_what_the_decoder_held_back_counts_too() -> None:
     worker = started(prompt(stop=("X",)))
     worker.tokens(step("aX", finished=(finished(reason=FinishReason.LENGTH),)), now=11.0)
     end = End(1, FinishReason.STOP, USAGE)
-    assert to_frontend(worker) == Pieces([Piece(1, "a")], (end,))
+    assert to_frontend(worker) == Pieces([said(1, "a", produced=2)], (end,))
 
 
 def test_the_beginning_of_a_stop_string_is_shown_when_the_request_ends() -> None:
     worker = started(prompt(stop=("##",)))
     worker.tokens(step("a#", finished=(finished(),)), now=11.0)
     end = End(1, FinishReason.EOS, USAGE)
-    assert to_frontend(worker) == Pieces([Piece(1, "a#")], (end,))
+    assert to_frontend(worker) == Pieces([said(1, "a#")], (end,))
 
 
 def test_token_details_come_with_each_token_even_where_no_text_is_ready() -> None:
@@ -251,15 +258,15 @@ def test_token_details_come_with_each_token_even_where_no_text_is_ready() -> Non
         TokenDetail(ord("a"), "a", -0.5, False),
         TokenDetail(SPECIAL, "", -1.5, True, data=b"\0"),
     )
-    assert to_frontend(worker) == Pieces([Piece(1, "", details)])
+    assert to_frontend(worker) == Pieces([said(1, "", details, produced=2)])
 
 
 def test_only_the_request_that_asked_gets_token_details() -> None:
     worker = started(prompt(1, token_details=True), prompt(2))
     worker.tokens(Tokens([1, 2], [*b"xy"], {}), now=11.0)
     [first, second] = to_frontend(worker).pieces
-    assert first == Piece(1, "x", (TokenDetail(ord("x"), "x", None, False),))
-    assert second == Piece(2, "y")
+    assert first == said(1, "x", (TokenDetail(ord("x"), "x", None, False),))
+    assert second == said(2, "y")
 
 
 def test_a_cancelled_request_is_cancelled_at_the_scheduler_and_never_heard_of_again() -> None:
@@ -271,12 +278,12 @@ def test_a_cancelled_request_is_cancelled_at_the_scheduler_and_never_heard_of_ag
     assert worker.requests == 0
 
 
-def test_cancelling_what_is_over_says_nothing() -> None:
+def test_what_is_not_known_here_may_be_known_to_the_scheduler() -> None:
     worker = started()
     worker.tokens(step("", finished=(finished(),)), now=11.0)
     worker.take_outbox()
     worker.cancel(1)
-    assert worker.take_outbox() == []
+    assert sent(worker) == [("scheduler", 0, Cancel(1))]
 
 
 def test_the_scheduler_is_told_to_shut_down_when_the_last_frontend_has_gone() -> None:
@@ -366,7 +373,7 @@ def test_the_choices_of_a_prompt_are_requests_of_their_own_and_one_submit() -> N
     assert (submit.request_id, submit.choices) == (7, 3)
     assert worker.requests == 3
     worker.tokens(Tokens([7, 8, 9], [*b"xyz"], {}), now=11.0)
-    assert to_frontend(worker) == Pieces([Piece(7, "x"), Piece(8, "y"), Piece(9, "z")])
+    assert to_frontend(worker) == Pieces([said(7, "x"), said(8, "y"), said(9, "z")])
     worker.cancel(8)
     assert sent(worker) == [("scheduler", 0, Cancel(8))]
 
@@ -400,7 +407,7 @@ def test_a_prompts_details_are_told_when_the_last_of_them_has_come() -> None:
         TokenDetail(ord("c"), "c", -2.0, False, (Alternative(ord("c"), "c", -2.0),)),
     )
     assert details == PromptDetails(1, "abc", expected)
-    assert pieces == Pieces([Piece(1, "y")])
+    assert pieces == Pieces([said(1, "y")])
 
 
 def test_a_prompt_whose_text_alone_is_wanted_is_told_at_once() -> None:
@@ -438,7 +445,7 @@ def test_a_chat_with_a_template_of_its_own_waits_and_the_others_pass() -> None:
     worker = core()
     worker.prompt(own_chat(1), now=10.5)
     worker.prompt(prompt(2), now=10.5)
-    assert [one.request_id for one in worker.take_renderings()] == [1]
+    assert [one.prompt.request_id for one in worker.take_renderings()] == [1]
     assert worker.take_renderings() == []
     assert worker.renders(1)
     assert worker.requests == 2
@@ -473,7 +480,7 @@ def test_what_is_cancelled_while_its_template_runs_is_forgotten() -> None:
     assert worker.take_renderings() == []
     assert worker.rendered(Rendered(1, "abc"), now=11.0) is None
     assert worker.rendered(Rendered(SECOND_FRONTEND | 2, "abc"), now=11.0) is None
-    assert worker.take_outbox() == []
+    assert sent(worker) == [("scheduler", 0, Cancel(1))]
 
 
 def submits(worker: Core) -> list[Submit]:
@@ -561,7 +568,7 @@ def test_a_prompt_that_is_cancelled_while_it_waits_is_not_submitted() -> None:
     worker.cancel(1)
     worker.shutdown(1)
     worker.grammar_checked(GrammarChecked("g"), now=2)
-    assert worker.take_outbox() == []
+    assert submits(worker) == []
     assert worker.requests == 0
 
 
@@ -616,3 +623,33 @@ def test_an_embedding_passes_as_it_is_with_no_text() -> None:
     pieces = to_frontend(worker)
     assert pieces == Pieces([], (End(1, FinishReason.EMBEDDED, USAGE, embedding=b"1234"),))
     assert worker.requests == 0
+
+
+# --- after a death --------------------------------------------------------------------------------
+
+
+def test_what_was_submitted_to_a_dead_scheduler_ends_with_an_error() -> None:
+    worker = started(prompt(1), prompt(2, choices=2))
+    worker.tokens(step("hi", 1), now=11.0)
+    worker.prompt(prompt(9), now=11.0)  # not sent yet, so it would not be known either
+    worker.scheduler_started(now=12.0)
+    pieces = to_frontend(worker)
+    assert [piece.text for piece in pieces.pieces] == ["hi"]
+    assert [(end.request_id, end.reason) for end in pieces.ends] == [
+        (request_id, FinishReason.ERROR) for request_id in (1, 2, 3, 9)
+    ]
+    assert all(end.failure == CUT_OFF for end in pieces.ends)
+    assert worker.requests == 0
+    worker.tokens(step("late", 1), now=13.0)
+    assert sent(worker) == []
+
+
+def test_what_another_frontend_has_asked_for_before_it_died_is_cancelled() -> None:
+    worker = started(prompt(1), prompt(SECOND_FRONTEND), frontends=2)
+    worker.tokens(step("said to nobody", SECOND_FRONTEND), now=11.0)
+    worker.frontend_started(1)
+    assert sent(worker) == [("scheduler", 0, Cancel(SECOND_FRONTEND))]
+    assert worker.requests == 1
+    worker.prompt(prompt(SECOND_FRONTEND + 1), now=12.0)
+    [(process, _, submit)] = sent(worker)
+    assert (process, submit.request_id) == ("scheduler", SECOND_FRONTEND + 1)

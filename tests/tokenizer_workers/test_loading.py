@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from pipeline.config import Settings
-from pipeline.errors import ConfigError
-from pipeline.messages import Prompt
+from pipeline.errors import ConfigError, RequestError
+from pipeline.messages import Prompt, Tools
 from tests.tokenizer_workers.tokenizers_for_tests import sentencepiece_like
 from tokenizer_workers.loading import load, read_tokenizer
 
@@ -81,6 +81,30 @@ def test_the_template_file_is_read_and_wins(tmp_path: Path) -> None:
     encoded = load(settings).encoder.encode(Prompt(request_id=1, arrived=0.0, chat=chat))
     expected = sentencepiece_like().encode("cat").ids
     assert encoded.prompt_tokens == len(expected)
+
+
+def test_calls_of_tools_are_read_though_only_adapters_have_a_template(tmp_path: Path) -> None:
+    model = load(write_model(tmp_path))
+    assert model.template_limits.tool_format == "hermes"
+    tools = Tools([{"name": "look", "parameters": {"type": "object"}}])
+    rendered = Prompt(request_id=1, arrived=0.0, text="cat", tools=tools)
+    assert model.encoder.encode(rendered).new_parser is not None
+    chat = Prompt(request_id=1, arrived=0.0, chat=[{"role": "user", "content": "cat"}])
+    with pytest.raises(RequestError, match="the model has no chat template"):
+        model.encoder.encode(chat)
+
+
+def test_what_adapters_are_compared_with_is_what_the_tokenizer_does(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_like()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    base = load(write_model(tmp_path, tokenizer, eos_token="cat")).base_texts
+    assert base.around == ((1,), (2,))
+    assert base.id_of("cat") == tokenizer.token_to_id("cat")
+    assert set(base.special) == {"<unk>", "<s>", "</s>", "cat"}
+    assert base.id_of("nothing") is None
+    assert set(base.eos_ids) == {260}
 
 
 def test_a_folder_without_a_tokenizer_configuration_will_do(tmp_path: Path) -> None:

@@ -10,11 +10,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings, to_environment
+from pipeline.incarnation import Incarnation
 from pipeline.messages import (
+    AdapterKey,
+    AdapterTexts,
+    AskTexts,
     Cancel,
     ChatOptions,
     End,
@@ -24,9 +29,12 @@ from pipeline.messages import (
     Pieces,
     ProcessReady,
     Prompt,
+    Resumed,
     Shutdown,
     Stats,
+    StillOpen,
     Submit,
+    ToAdapterLoader,
     ToFrontend,
     Tokenize,
     Tokenized,
@@ -35,6 +43,7 @@ from pipeline.messages import (
     Usage,
 )
 
+PEERS = ("frontend", "scheduler", "adapter_loader")
 WAIT_SECONDS = 30
 
 
@@ -46,16 +55,25 @@ class Neighbours:
         self.run_dir = run_dir
         self.frontend: Inbox[Message] = Inbox(run_dir, "frontend", 0, ToFrontend)
         self.scheduler: Inbox[Message] = Inbox(run_dir, "scheduler", 0, ToScheduler)
+        self.loader: Inbox[Message] = Inbox(run_dir, "adapter_loader", 0, ToAdapterLoader)
         self._outbox = Outbox(run_dir)
+        self._peers = [Outbox(run_dir, Incarnation(peer)) for peer in PEERS]
+        self._workers = settings.get("tokenizer_workers", 1)
+        self.greet()
         self._arrived: list[Message] = []
         self._log = run_dir.with_name("log")
         chosen = Settings(run_dir=str(run_dir), model_folder=str(model_folder), **settings)
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokenizer_workers"],
+                [sys.executable, "-m", "pipeline.keep_alive", "tokenizer_workers"],
                 env=os.environ | to_environment(chosen),
                 stderr=log,
             )
+
+    def greet(self) -> None:
+        """Who is not known, is told nothing."""
+        for peer in self._peers:
+            peer.greet("tokenizer_workers", self._workers)
 
     def send(self, message: Message, worker: int = 0) -> None:
         self._outbox.send("tokenizer_workers", message, worker)
@@ -80,9 +98,11 @@ class Neighbours:
         """End what is left."""
         self.process.kill()
         self.process.wait()
-        self._outbox.close(linger_ms=0)
+        for outbox in (self._outbox, *self._peers):
+            outbox.close(linger_ms=0)
         self.frontend.close()
         self.scheduler.close()
+        self.loader.close()
 
 
 @pytest.fixture
@@ -157,7 +177,7 @@ def test_a_stop_string_of_a_later_token_is_cancelled_at_the_scheduler(
     ids = tokenizer.encode("Paris or London").ids
     for token_id in ids:
         neighbours.send(Tokens([1], [token_id], {}))
-    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1)
+    assert neighbours.next(neighbours.scheduler, Cancel) == Cancel(1, stopped=True)
     text, ends = "", ()
     while not ends:
         pieces = neighbours.next(neighbours.frontend, Pieces)
@@ -226,13 +246,116 @@ def test_a_worker_that_shuts_down_leaves_no_process_of_templates(
     endless = "{{ 10 ** (10 ** 10) }}"
     neighbours.send(prompt(1, chat_options=ChatOptions(template="{{ 1 }}")))
     neighbours.next(neighbours.scheduler, Submit)
-    (child,) = children(neighbours.process.pid)
+    (worker,) = children(neighbours.process.pid)
+    (child,) = children(worker)
     neighbours.send(prompt(2, chat_options=ChatOptions(template=endless)))
     neighbours.send(prompt(3))
     assert neighbours.next(neighbours.scheduler, Submit).request_id == 3
     neighbours.send(Shutdown("frontend", 0))
     assert neighbours.process.wait(WAIT_SECONDS) == 0
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_a_worker_that_is_killed_is_replaced_and_what_it_had_can_be_resumed(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start(template_seconds=100)
+    neighbours.next(neighbours.frontend, ProcessReady)
+    neighbours.send(prompt(1, chat_options=ChatOptions(template="{{ 1 }}")))
+    neighbours.next(neighbours.scheduler, Submit)
+    neighbours.send(prompt(2))
+    first = neighbours.next(neighbours.scheduler, Submit)
+    ids = tokenizer.encode("Paris or London").ids
+    neighbours.send(Tokens([2, 2], ids[:2], {}))
+    heard = neighbours.next(neighbours.frontend, Pieces).pieces
+    (worker,) = children(neighbours.process.pid)
+    (renderer,) = children(worker)
+    endless = "{{ 10 ** (10 ** 10) }}"
+    neighbours.send(prompt(3, chat_options=ChatOptions(template=endless)))
+    neighbours.send(prompt(4))
+    neighbours.next(neighbours.scheduler, Submit)
+
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: children(neighbours.process.pid) not in ([], [worker]))
+    neighbours.greet()
+    neighbours.next(neighbours.frontend, ProcessReady)
+    wait_until(lambda: not Path(f"/proc/{renderer}").exists())
+    neighbours.send(StillOpen(0, 0, [2]))
+    neighbours.send(prompt(2, heard=(heard[-1].produced,)))
+    assert neighbours.next(neighbours.scheduler, StillOpen) == StillOpen(0, 0, [2])
+    again = neighbours.next(neighbours.scheduler, Submit)
+    assert (again.token_ids, again.heard) == (first.token_ids, (2,))
+    end = Finished(2, FinishReason.EOS, Usage(prompt_tokens=31, completion_tokens=len(ids)))
+    neighbours.send(Resumed(2, array("i", ids).tobytes(), [], [], 0.0, end))
+    pieces = neighbours.next(neighbours.frontend, Pieces)
+    text = "".join(piece.text for piece in [*heard, *pieces.pieces])
+    assert text == "Paris or London"
+    assert [one.request_id for one in pieces.ends] == [2]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not done():
+        assert time.monotonic() < deadline
+
+
+def texts(asked: AskTexts, files: dict[str, bytes], tokenizer: str = "") -> AdapterTexts:
+    return AdapterTexts(asked.question_id, asked.adapter, "1", files, tokenizer)
+
+
+def test_a_chat_is_rendered_with_the_template_that_its_adapter_ships(
+    start: Callable[..., Neighbours], tokenizer: Any
+) -> None:
+    neighbours = start()
+    adapter = AdapterKey("hub", "x", scope="mine")
+    neighbours.send(prompt(1, adapter=adapter, adapter_token="secret"))
+    neighbours.send(prompt(2))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 2
+    asked = neighbours.next(neighbours.loader, AskTexts)
+    assert (asked.adapter, asked.adapter_token, asked.worker) == (adapter, "secret", 0)
+    config = {
+        "chat_template": "{{ bos_token }}{{ pad_token }}{{ messages[0].content }}",
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|endoftext|>",
+    }
+    files = {"tokenizer_config.json": msgspec.json.encode(config)}
+    neighbours.send(texts(asked, files, asked.known_tokenizers[0]))
+    submit = neighbours.next(neighbours.scheduler, Submit)
+    expected = "<|im_start|><|endoftext|>What is the capital of France?"
+    assert tokenizer.decode(array("i", submit.token_ids), skip_special_tokens=False) == expected
+    assert submit.stop_token_ids == ()  # it ends the base model's replies too
+    assert "secret" not in neighbours.log()
+
+
+def test_a_tokenizer_is_compared_beside_the_prompts_of_others(
+    start: Callable[..., Neighbours], folder: Path
+) -> None:
+    neighbours = start()
+    file = msgspec.json.decode((folder / "tokenizer.json").read_bytes())
+    file["model"]["vocab"]["<pad>"] = 49152
+    neighbours.send(prompt(1, adapter=AdapterKey("local", "same")))
+    neighbours.send(prompt(2, adapter=AdapterKey("local", "other")))
+    same, other = (neighbours.next(neighbours.loader, AskTexts) for _ in range(2))
+    pretty = msgspec.json.format((folder / "tokenizer.json").read_bytes(), indent=4)
+    neighbours.send(texts(same, {"tokenizer.json": pretty}, "same"))
+    neighbours.send(texts(other, {"tokenizer.json": msgspec.json.encode(file)}, "other"))
+    neighbours.send(prompt(3))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 3
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 1
+    (end,) = neighbours.next(neighbours.frontend, Pieces).ends
+    assert (end.request_id, end.failure.status) == (2, 422)
+    assert end.failure.message.startswith(
+        "adapter other: its tokenizer.json disagrees: it has the token '<pad>' (id 49152), and"
+    )
+
+
+def test_where_adapters_templates_are_off_the_loader_is_not_asked(
+    start: Callable[..., Neighbours],
+) -> None:
+    neighbours = start(adapter_chat_templates=False)
+    neighbours.send(prompt(1, adapter=AdapterKey("local", "x")))
+    assert neighbours.next(neighbours.scheduler, Submit).request_id == 1
+    assert neighbours.loader.receive(timeout_ms=0) == []
 
 
 def children(pid: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.messages import ChatOptions, FailureKind
+from pipeline.messages import ChatOptions, FailureKind, Tools
 from tokenizer_workers.chat_template import ChatTemplate
 from tokenizer_workers.render import Job, Result, TemplateLimits
 from tokenizer_workers.strange_templates import Renderer
@@ -41,6 +41,34 @@ def test_it_renders_as_the_workers_own_code_does(renderer: Renderer) -> None:
     expected = own.render(MESSAGES, options=ChatOptions(**options))
     assert render(renderer, template, **options) == Result(expected)
     assert expected == "<s>Hi;1aTrue"
+
+
+def test_the_variables_of_an_adapter_are_its_own(renderer: Renderer) -> None:
+    options = ChatOptions(template=GOOD)
+    job = Job(MESSAGES, options, special_tokens={"bos_token": "<own>"})
+    assert renderer.render(job) == Result("<own>Hi;")
+    assert renderer.render(Job(MESSAGES, options)) == Result("<s>Hi;"), "of the same template"
+
+
+def test_tools_are_shown_by_a_template_that_knows_them_and_explained_to_one_that_does_not(
+    renderer: Renderer,
+) -> None:
+    tools = Tools([{"name": "look", "parameters": {"type": "object", "strict": True}}])
+    knows = "{% for t in tools %}{{ t.function.name }};{% endfor %}{{ messages[0].content }}"
+    assert renderer.render(Job(MESSAGES, ChatOptions(template=knows), tools)) == Result("look;Hi")
+    explained = renderer.render(Job(MESSAGES, ChatOptions(template=GOOD), tools)).text
+    assert explained.startswith("<s>You can call these functions")
+    assert '"look"' in explained
+    assert "<tool_call>" in explained
+    call = {"function": {"name": "look", "arguments": '{"a": 1}'}}
+    reply: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call]}
+    shows = (
+        knows
+        + "{% if messages[1] %}{{ messages[1].tool_calls[0].function.arguments.a }}{% endif %}"
+    )
+    assert renderer.render(Job([*MESSAGES, reply], ChatOptions(template=shows), tools)) == Result(
+        "look;Hi1"
+    )
 
 
 LOOPS = {
@@ -125,6 +153,15 @@ def test_a_process_that_was_killed_is_started_again() -> None:
     sentence(render(renderer, GOOD))
     assert render(renderer, GOOD) == Result("<s>Hi;")
     assert renderer.pid != first
+    renderer.close()
+
+
+def test_templates_that_are_kept_leave_room_for_others() -> None:
+    """Together they take more than there is; none of them has to know of the others."""
+    renderer = Renderer(LIMITS, seconds=20, nbytes=200 << 20)
+    for number in range(30):  # of at least 8 MiB each
+        template = GOOD + "{% set text = '" + f"{number:02}" * (1 << 21) + "' %}"
+        assert render(renderer, template) == Result("<s>Hi;")
     renderer.close()
 
 
