@@ -176,7 +176,7 @@ async def serve(
     ]
     if index == 0:
         beside.append(asyncio.create_task(administration.preload()))
-inbox.watch(loop, receive)
+    inbox.watch(loop, receive)
     greet(settings, outbox)
     server = Server(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
