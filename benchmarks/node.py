@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ class Node:
         shutil.rmtree(self._run, ignore_errors=True)
 
     def pids(self) -> dict[str, list[int]]:
-        """By process, all that run as it."""
+        """By process, all that run as it: the one that its keep-alive has started, then its own."""
         found: dict[str, list[int]] = {name: [] for name in PROCESSES}
         for pid in descendants(self._process.pid):
             try:
@@ -114,7 +115,7 @@ class Node:
             except OSError:  # it has ended
                 continue
             for name in PROCESSES:
-                if name.encode() in words:
+                if (b"-m", name.encode()) in pairwise(words):
                     found[name].append(pid)
         return found
 
