@@ -114,7 +114,7 @@ class Soak:
         self._sent = self._seen = 0
         watch = asyncio.create_task(self._watch(until))
         tasks = [self._client(until) for _ in range(clients)]
-        tasks += [self._administrator(until), self._vandal(until)]
+        tasks += [self._administrator(until), self._vandal(until, kills)]
         if kills:
             tasks.append(self._killer(until))
         await asyncio.gather(*tasks)
@@ -189,12 +189,13 @@ class Soak:
             await self._ask("administration", path, body, allowed=REFUSED | UNAVAILABLE | {200})
             await asyncio.sleep(0.05)
 
-    async def _vandal(self, until: float) -> None:
+    async def _vandal(self, until: float, kills: bool) -> None:
         paths = ("/v1/completions", "/v1/chat/completions", "/generate", "/v1/embeddings", "/nope")
         while time.monotonic() < until:
             body, content_type = self._random.choice(BROKEN_BODIES)
             path = self._random.choice(paths)
-            await self._ask("bad input", path, body, allowed=REFUSED, content_type=content_type)
+            allowed = REFUSED | ({503} if kills else set())  # when who should look has died
+            await self._ask("bad input", path, body, allowed=allowed, content_type=content_type)
             await asyncio.sleep(0.02)
 
     async def _killer(self, until: float) -> None:
