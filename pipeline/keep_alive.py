@@ -9,7 +9,8 @@ SIGKILL. The first death is answered at once, those after it ever later, and mor
 So does an operator's error at the first start. After a start that went well the same error is a
 death like others: the settings are the same, so it may pass, as a lack of memory does.
 
-A process that ends well is not started again; the keep-alive ends with the last of its own. It
+A process that ends well is not started again; the keep-alive ends with the last of its own, once
+those of the other processes have ended too, or some seconds later. It
 passes on SIGTERM and SIGINT, to those as well that it starts later. If it is killed, so are they.
 """
 
@@ -26,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 from pipeline.arena import arena_path
@@ -35,7 +37,7 @@ from pipeline.errors import ConfigError
 from pipeline.incarnation import told
 from pipeline.logs import set_up_logs
 from pipeline.messages import ProcessDied
-from pipeline.process import EXIT_CONFIG, EXIT_DEADLINE, count
+from pipeline.process import EXIT_CONFIG, EXIT_DEADLINE, GRACE_SECONDS, count
 
 LONGEST_BACKOFF_SECONDS = 30.0
 LOOK_SECONDS = 1.0  # between two looks at the clock
@@ -218,6 +220,8 @@ def keep_alive(process: str, command: Sequence[str], settings: Settings) -> int:
         failed = next((one.ended for one in kept if one.ended), 0)
         if failed or all(one.ended is not None for one in kept):
             outbox.close(linger_ms=0)
+            if not failed:
+                _wait_for_others(settings.run_folder())
             return failed
         deadline = min(one.next_deadline() for one in kept if one.ended is None)
         timeout = min(max(0.0, deadline - before), LOOK_SECONDS)
@@ -230,6 +234,13 @@ def keep_alive(process: str, command: Sequence[str], settings: Settings) -> int:
             one.listen(now)
             one.kill_if_hanging(now)
             one.reap(now)
+
+
+def _wait_for_others(run_dir: Path) -> None:
+    """Until their inboxes are gone, too: honcho kills those that end long after the first."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    while any(run_dir.glob("*.sock")) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 class _Signals:
