@@ -129,7 +129,7 @@ def test_64_streams_end_well_after_sigterm_and_then_the_server(
     serve_tiny: Callable[..., Server],
 ) -> None:
     server = serve_tiny(*ADAPTERS)
-    told = streams_and_a_sigterm(server, 64, 300)
+    told = streams_and_a_sigterm(server, 64, 480)
     assert all(events[-1] == "[DONE]" for events in told)
     server.wait()
     assert set(server.exit_codes().values()) == {0}, server.output()
