@@ -7,9 +7,9 @@
 `loradex serve` as users start it, random weights and 8 adapters of rank 16. Streams of
 /generate_stream, greedy, ends ignored; for each process, once all of them have a tenth of their
 tokens, it gets SIGKILL. The pause is the longest that a stream had between two tokens from then on;
-`serves after` is from the kill to the first token after that pause. A reply is whole if it has all of its
-tokens; `equal` counts those with the tokens of an undisturbed round. They may differ where the
-same tokens are computed in another batch and rounded otherwise.
+`serves after` is from the kill to the first token after that pause. A reply is whole if it has all
+of its tokens; `equal` counts those with the tokens of an undisturbed round. They may differ where
+the same tokens are computed in another batch and rounded otherwise.
 """
 
 import argparse

@@ -53,6 +53,9 @@ def stalling_server() -> Iterator[str]:
         def do_GET(self) -> None:
             config = b'{"peft_type": "LORA", "r": 8}'
             is_config = self.path.endswith("adapter_config.json")
+            if not (is_config or self.path.endswith("adapter_model.safetensors")):
+                self.send_error(404)
+                return
             nbytes = len(config) if is_config else STALLED_BYTES
             self.send_response(200)
             self.send_header("ETag", '"1"')

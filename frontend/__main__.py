@@ -25,6 +25,7 @@ from frontend.commands import Commands
 from frontend.connections import Connection
 from frontend.downstream import Downstream
 from frontend.processes import Processes
+from frontend.slow_readers import bound_kernel_buffers
 from frontend.tracing import make_tracing
 from pipeline.adapter_roots import find_local
 from pipeline.channels import Inbox, Outbox
@@ -80,6 +81,7 @@ def listen(settings: Settings) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings.frontends > 1:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        bound_kernel_buffers(listener)
         listener.bind(place)
         listener.listen(BACKLOG)
         listener.setblocking(False)
@@ -178,7 +180,7 @@ async def serve(
         beside.append(asyncio.create_task(administration.preload()))
     inbox.watch(loop, receive)
     greet(settings, outbox)
-    server = Server(server_config(app, settings.request_seconds))
+    server = Server(server_config(app, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await asyncio.wait({serving, asked_to_stop}, return_when=asyncio.FIRST_COMPLETED)
     log.info("event=draining in_flight=%d", downstream.admission.in_flight)
@@ -256,8 +258,12 @@ class Server(uvicorn.Server):
         yield
 
 
-def server_config(app: Starlette, request_seconds: float) -> uvicorn.Config:
-    connection = functools.partial(Connection, request_seconds=request_seconds)
+def server_config(app: Starlette, settings: Settings) -> uvicorn.Config:
+    connection = functools.partial(
+        Connection,
+        request_seconds=settings.request_seconds,
+        slow_reader_seconds=settings.slow_reader_seconds,
+    )
     return uvicorn.Config(
         app,
         http=connection,  # type: ignore[arg-type]  # it is called as the class would be

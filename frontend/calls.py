@@ -131,6 +131,7 @@ class Call(msgspec.Struct, frozen=True):
     prompt   its request id and time of arrival are not set yet
     others   prompts that come with it, for the same adapter
     at_once  of its prompts, how many may run; None: all. With `streamed` it is None
+    timeout  seconds from its arrival until nobody wants it any more; None: as long as it takes
     """
 
     prompt: Prompt
@@ -139,6 +140,7 @@ class Call(msgspec.Struct, frozen=True):
     others: tuple[Prompt, ...] = ()
     span: RequestSpan | None = None  # while it is traced
     at_once: int | None = None
+    timeout: float | None = None
 
     @property
     def whole_shape(self) -> WholeShape:

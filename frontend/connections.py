@@ -8,10 +8,11 @@ import asyncio
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 from uvicorn.server import ServerState
 
 from frontend import metrics
+from frontend.slow_readers import SlowReaders
 
 MAX_HEAD_BYTES = 64 << 10  # of the request's line and headers together
 MAX_HEADERS = 200
@@ -23,11 +24,14 @@ class HeadTooLargeError(Exception):
     """Ends the parser's work on a connection that was answered already."""
 
 
-class Connection(HttpToolsProtocol):
-    """One connection. A request that does not arrive in time is refused with 408, one whose head
-    is too large with 431, and the connection is closed.
+class Connection(SlowReaders):
+    """One connection, whose client has to read, too.
 
-    request_seconds  from a request's first byte to its last
+    A request that does not arrive in time is refused with 408, one whose head is too large with
+    431, and the connection is closed.
+
+    request_seconds      from a request's first byte to its last
+    slow_reader_seconds  see SlowReaders
     """
 
     def __init__(
@@ -38,8 +42,11 @@ class Connection(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
         request_seconds: float,
+        slow_reader_seconds: float,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(
+            config, server_state, app_state, _loop, slow_reader_seconds=slow_reader_seconds
+        )
         self._request_seconds = request_seconds
         self._deadline: asyncio.TimerHandle | None = None  # of the request that arrives
         self._begun = False  # whether one does

@@ -10,10 +10,11 @@ from itertools import islice
 
 import msgspec
 
-from frontend import metrics
+from frontend import deadlines, metrics
 from frontend.admission import Admission
 from frontend.aliases import Aliases
 from frontend.calls import Part
+from frontend.deadlines import Deadline
 from frontend.exchange import ClientGone
 from frontend.open_prompts import OpenPrompts
 from frontend.questions import Questions
@@ -71,6 +72,7 @@ class Reply:
         self._timer: asyncio.TimerHandle | None = None
         if keep_alive_seconds:
             self._timer = self._loop.call_later(keep_alive_seconds, self._check_quiet)
+        self._deadline: asyncio.TimerHandle | None = None
         self._streamed = bool(keep_alive_seconds)
         self.choices_of: dict[int, list[Stream]] = {}  # by prompt
         self.streams: list[Stream] = []  # by choice
@@ -120,6 +122,16 @@ class Reply:
             if pieces or end is not None
         ]
 
+    def at(self, moment: float, fail: Callable[[], None]) -> None:
+        """At that time of the monotonic clock, send nothing more and have it fail."""
+
+        def come() -> None:
+            self._send_next = None
+            fail()
+
+        left = moment - time.monotonic()
+        self._deadline = self._loop.call_later(max(0.0, left), come)
+
     def client_gone(self) -> None:
         """The client does not wait any more: `next` says so at once."""
         self._gone = True
@@ -128,6 +140,8 @@ class Reply:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     def _one_has_ended(self) -> None:
         if self._send_next is not None:
@@ -225,18 +239,25 @@ class Downstream:
 
     @contextmanager
     def start(
-        self, *prompts: Prompt, streamed: bool, at_once: int | None = None
+        self,
+        *prompts: Prompt,
+        streamed: bool,
+        at_once: int | None = None,
+        deadline: Deadline | None = None,
     ) -> Iterator[Reply]:
         """Send the prompts of a call, under request ids of their own; gives what its reply arrives
         in. They are for the same adapter, and take one place together. If at most `at_once` may
         run, each of one choice and not streamed, the others are sent as those before them end.
+        What has not ended at its deadline fails then.
 
         Raises RequestError when nobody is let in. When the context is left before the end has
         come, what is left of the call is cancelled.
         """
         with self._place() as worker:
             numbered = self._numbered(prompts)
-            yield from self._start(worker, numbered, streamed=streamed, at_once=at_once)
+            yield from self._start(
+                worker, numbered, streamed=streamed, at_once=at_once, deadline=deadline
+            )
 
     @contextmanager
     def _place(self) -> Iterator[int]:
@@ -251,7 +272,13 @@ class Downstream:
                 self._idle.set()
 
     def _start(
-        self, worker: int, numbered: list[Prompt], *, streamed: bool, at_once: int | None
+        self,
+        worker: int,
+        numbered: list[Prompt],
+        *,
+        streamed: bool,
+        at_once: int | None,
+        deadline: Deadline | None,
     ) -> Iterator[Reply]:
         """See start."""
         first = numbered[0]
@@ -270,6 +297,8 @@ class Downstream:
         )
         for stream in reply.streams:
             self._worker_of[stream.request_id] = worker
+        if deadline is not None:
+            reply.at(deadline.at, lambda: self._fail(deadlines.passed(deadline), reply.streams))
         try:
             if first.adapter is not None:
                 self.aliases.began(first.request_id, first.adapter)
@@ -288,6 +317,11 @@ class Downstream:
                 if not (stream.ended or stream.request_id in unsent):
                     self._send("tokenizer_workers", Cancel(stream.request_id), worker)
             self.aliases.ended(first.request_id)
+
+    def _fail(self, failure: Failure, streams: Iterable[Stream] | None = None) -> None:
+        """End what has not ended, of these streams or of all, and have nobody go on with it."""
+        for request_id in self._streams.fail(failure, streams):
+            self._send("tokenizer_workers", Cancel(request_id), self._worker_of[request_id])
 
     def _numbered(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """With the next request ids, as many for each as it has choices."""
@@ -311,8 +345,7 @@ class Downstream:
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except TimeoutError:
-            for request_id in self._streams.fail(CUT_OFF):
-                self._send("tokenizer_workers", Cancel(request_id), self._worker_of[request_id])
+            self._fail(CUT_OFF)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), LAST_WORDS_SECONDS)
 

@@ -145,7 +145,7 @@ class Embeddings:
         )
         special = request.add_special_tokens is not False
         prompt = msgspec.structs.replace(prompt, add_special_tokens=special)
-        return self._call(prompt, inputs, shape)
+        return self._call(prompt, inputs, shape, request.timeout)
 
     def _extraction(
         self, request: FeatureExtractionRequest, authorization: Authorization | None
@@ -172,7 +172,7 @@ class Embeddings:
             tenant_of(given.api_token, authorization),
             self._pooled(given.pooling, given.normalize),
         )
-        return self._call(prompt, inputs, shape)
+        return self._call(prompt, inputs, shape, given.timeout)
 
     def _check_dimensions(self, dimensions: int | None) -> None:
         if dimensions is not None and dimensions != self._hidden_size():
@@ -198,7 +198,11 @@ class Embeddings:
         )
 
     def _call(
-        self, prompt: Prompt, inputs: list[str] | list[str | bytes], shape: WholeShape
+        self,
+        prompt: Prompt,
+        inputs: list[str] | list[str | bytes],
+        shape: WholeShape,
+        timeout: float | None,
     ) -> Call:
         prompt, *others = [
             msgspec.structs.replace(
@@ -208,7 +212,14 @@ class Embeddings:
             )
             for one in inputs
         ]
-        return Call(prompt, shape, streamed=False, others=tuple(others), at_once=self._at_once)
+        return Call(
+            prompt,
+            shape,
+            streamed=False,
+            others=tuple(others),
+            at_once=self._at_once,
+            timeout=timeout,
+        )
 
 
 def no_classification(body: bytes, authorization: Authorization | None) -> HttpReply:

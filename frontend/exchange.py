@@ -11,6 +11,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 JSON: Headers = ((b"content-type", b"application/json"),)
 RETRY: Headers = ((b"retry-after", b"1"),)
 CLOSE: Headers = ((b"connection", b"close"),)
+NO_RETRY: Headers = ((b"x-should-retry", b"false"),)  # OpenAI's clients try 5xx again without it
 
 
 class HttpReply(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from frontend.calls import (
     end_of_all,
     error_of,
 )
+from frontend.deadlines import deadline_of, timeout_in
 from frontend.downstream import Downstream, Reply
 from frontend.exchange import (
     CLIENT_GONE,
@@ -120,7 +121,13 @@ class Generate:
             body = await read_json(scope, receive, self._max_body_bytes)
         except Unreadable as error:
             return self._dialect.http_error(error.status, error.sentence)
-        return self._understand(body, self._keys.read(scope))
+        understood = self._understand(body, self._keys.read(scope))
+        if isinstance(understood, HttpReply):
+            return understood
+        try:
+            return with_timeout(understood, timeout_in(scope))
+        except RequestError as error:
+            return understood.shape.refusal(error)
 
     async def _answer(
         self, call: Call, arrived: float, scope: Scope, receive: Receive, send: Send
@@ -129,7 +136,10 @@ class Generate:
         try:
             prompts = (call.prompt, *call.others)
             with self._downstream.start(
-                *prompts, streamed=call.streamed, at_once=call.at_once
+                *prompts,
+                streamed=call.streamed,
+                at_once=call.at_once,
+                deadline=deadline_of(arrived, call.timeout),
             ) as reply:
                 gone = asyncio.create_task(wait_until_gone(receive))
                 gone.add_done_callback(lambda _: reply.client_gone())
@@ -241,6 +251,13 @@ class Generate:
         if adapter is not None:
             for part in adapter.parts:
                 self._used.add(part)
+
+
+def with_timeout(call: Call, seconds: float | None) -> Call:
+    """The call, which has this timeout too: the first to pass counts."""
+    if seconds is None or (call.timeout is not None and call.timeout <= seconds):
+        return call
+    return msgspec.structs.replace(call, timeout=seconds)
 
 
 def traced(call: Call, span: RequestSpan | None) -> Call:

@@ -9,6 +9,7 @@ from msgspec import Meta
 from frontend.adapters import AdapterNames, UnknownSource, Wanted, source_token, tenant_of
 from frontend.authorization import Authorization
 from frontend.calls import Call
+from frontend.deadlines import Seconds
 from frontend.exchange import Headers, HttpReply
 from frontend.lorax_choices import LoraxChoices
 from frontend.lorax_replies import Asked, LoraxShape, http_error, not_understood, refusal
@@ -44,6 +45,7 @@ class AdapterParameters(msgspec.Struct, kw_only=True):
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+    timeout: Seconds | None = None  # ours, see frontend.deadlines
 
 
 class Parameters(AdapterParameters, kw_only=True):
@@ -200,7 +202,8 @@ class Lorax:
         )
         shape = LoraxShape(asked)
         plain = best_of == 1 and not scored
-        return Call(prompt, shape if plain else LoraxChoices(shape), streamed)
+        shape_of_all = shape if plain else LoraxChoices(shape)
+        return Call(prompt, shape_of_all, streamed, timeout=parameters.timeout)
 
     def _check_first(self, parameters: Parameters, *, streamed: bool) -> None:
         """What LoRAX looks at before the ranges, in its order. Raises ParameterError."""

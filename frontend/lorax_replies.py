@@ -8,7 +8,7 @@ from urllib.parse import quote
 import msgspec
 
 from frontend.calls import Part
-from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
+from frontend.exchange import CLOSE, JSON, NO_RETRY, RETRY, Headers, HttpReply
 from frontend.sse import HEADERS as STREAM_HEADERS
 from frontend.sse import event
 from pipeline.choices import seed_of
@@ -51,6 +51,7 @@ WORDS: dict[str, _Word] = {
     FailureKind.ADAPTER_UNAVAILABLE: GENERATION,
     FailureKind.OVERLOADED: _Word(429, "overloaded", headers=RETRY),
     FailureKind.TIMEOUT: _Word(503, "timeout", headers=RETRY),
+    FailureKind.DEADLINE: _Word(504, "deadline", headers=NO_RETRY),
     FailureKind.SHUTDOWN: _Word(503, "shutdown", headers=RETRY + CLOSE),
     FailureKind.INTERNAL: GENERATION,
 }

@@ -104,6 +104,7 @@ FAILURES: dict[str, str] = {
     FailureKind.ADAPTER_INVALID: "generation",
     FailureKind.ADAPTER_UNAVAILABLE: "generation",
     FailureKind.TIMEOUT: "dropped",
+    FailureKind.DEADLINE: "dropped",
     FailureKind.SHUTDOWN: "dropped",
     FailureKind.INTERNAL: "generation",
 }

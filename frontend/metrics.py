@@ -31,6 +31,11 @@ FAILURES = Counter(
 IN_FLIGHT = Gauge(
     "loradex_requests_in_flight", "Requests accepted and not answered in full", registry=REGISTRY
 )
+SLOW_READERS = Counter(
+    "loradex_slow_readers",
+    "Connections that were cut off since next to nothing was read of them",
+    registry=REGISTRY,
+)
 FIRST_TOKEN_SECONDS = Histogram(
     "loradex_first_token_seconds",
     "From a request's arrival to the first text of its stream",

@@ -12,6 +12,7 @@ from frontend.adapters import AdapterNames, Wanted, source_token, tenant_of
 from frontend.authorization import Authorization
 from frontend.calls import Call
 from frontend.chat_options import chat_options
+from frontend.deadlines import Seconds
 from frontend.exchange import Headers, HttpReply
 from frontend.merges import MergedAdapters, merged
 from frontend.openai_choices import Choices, Shown
@@ -119,6 +120,7 @@ class AdapterFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     adapter_source: str | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
+    timeout: Seconds | None = None  # see frontend.deadlines
 
 
 class Request(AdapterFields, kw_only=True):
@@ -442,7 +444,7 @@ def _call(request: Request, prompts: list[Prompt], shapes: list[Shape], shown: S
     prompt, *others = prompts
     plain = shown == Shown() and not prompt.prompt_details
     shape = shapes[0] if plain else Choices(shapes, shown)
-    return Call(prompt, shape, bool(request.stream), tuple(others))
+    return Call(prompt, shape, bool(request.stream), tuple(others), timeout=request.timeout)
 
 
 def _chat_logprobs(request: ChatRequest) -> Logprobs | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from frontend.exchange import CLOSE, JSON, RETRY, Headers, HttpReply
+from frontend.exchange import CLOSE, JSON, NO_RETRY, RETRY, Headers, HttpReply
 from frontend.openai_logprobs import LogprobsShape
 from frontend.parameters import ParameterError
 from frontend.sse import DONE, event
@@ -40,6 +40,7 @@ WORDS: dict[str, _Word] = {
     FailureKind.ADAPTER_UNAVAILABLE: _Word(503, "server_error", "model_unavailable", RETRY),
     FailureKind.OVERLOADED: _Word(429, "rate_limit_error", "rate_limit_exceeded", RETRY),
     FailureKind.TIMEOUT: _Word(503, "server_error", "timeout", RETRY),
+    FailureKind.DEADLINE: _Word(504, "server_error", "deadline_exceeded", NO_RETRY),
     FailureKind.SHUTDOWN: _Word(503, "server_error", "shutting_down", RETRY + CLOSE),
     FailureKind.INTERNAL: _Word(500, "server_error", "internal_error"),
 }

@@ -4,7 +4,7 @@ A request is known from `open` to `close`. What arrives for any other is ignored
 request whose client has gone are still on their way when it is closed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pipeline.messages import End, Failure, FinishReason, Piece, Pieces, PromptDetails, Usage
 
@@ -111,9 +111,10 @@ class Streams:
         if stream is not None:
             stream.prompt = message
 
-    def fail(self, failure: Failure) -> list[int]:
-        """End all that have not ended, for our own reason; gives their request ids."""
-        running = [stream for stream in self._streams.values() if not stream.ended]
+    def fail(self, failure: Failure, streams: Iterable[Stream] | None = None) -> list[int]:
+        """End what has not ended, of these or of all, for our own reason; gives the request ids."""
+        of = self._streams.values() if streams is None else streams
+        running = [stream for stream in of if not stream.ended]
         for stream in running:
             stream.fail(failure)
         return [stream.request_id for stream in running]

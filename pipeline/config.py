@@ -279,6 +279,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         float,
         Meta(gt=0, description="time that a client may take to send a request in full, seconds"),
     ] = 30.0
+    slow_reader_seconds: Annotated[
+        float,
+        Meta(
+            gt=0,
+            description="time in which a client takes 8 KiB of what waits for it, or is cut off, "
+            "seconds",
+        ),
+    ] = 30.0
     frontends: Annotated[int, Meta(ge=1, le=64, description="HTTP processes")] = 1
     tokenizer_workers: Annotated[int, Meta(ge=1, le=64, description="tokenizer processes")] = 1
     drain_seconds: Annotated[

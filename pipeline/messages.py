@@ -55,6 +55,7 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     SHUTDOWN = "shutdown"
     INTERNAL = "internal"
+    DEADLINE = "deadline"  # the client's own
     NAME_TAKEN = "name_taken"  # these two are told to administrators only
     NAME_UNKNOWN = "name_unknown"
 

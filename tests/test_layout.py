@@ -85,6 +85,7 @@ PURE = (
     "frontend/adapter_labels.py",
     "frontend/aliases.py",
     "frontend/admission.py",
+    "frontend/deadlines.py",
     "frontend/docs_page.py",
     "frontend/metric_aliases.py",
     "frontend/openapi.py",

@@ -26,8 +26,7 @@ class Running:
 
     async def _serve(self, listener: socket.socket) -> None:
         self.backend = Backend(**self._changes)
-        seconds = self.backend.settings.request_seconds
-        self._server = Server(server_config(self.backend.app, seconds))
+        self._server = Server(server_config(self.backend.app, self.backend.settings))
         self._made.set()
         await self._server.serve(sockets=[listener])
 

@@ -115,6 +115,7 @@ BOTH = {
     "guided_whitespace_pattern": refused("the grammar decides where white space is", "a"),
     "guided_decoding_backend": ignored("there is one", "xgrammar"),
     "api_token": honoured("LoRAX's: shown to the adapter's source", "t", model="o/a"),
+    "timeout": honoured("ours: seconds, after which it fails", 5),
     "user": ignored("names an end user, for abuse reports", "me"),
     "metadata": ignored("labels of a stored reply; nothing is stored", {"a": "b"}),
     "store": ignored("nothing is stored", True),
@@ -163,6 +164,7 @@ LORAX_PARAMETERS = {
     "adapter_source": honoured("where the adapter is", "s3", adapter_id="bucket/a"),
     "merged_adapters": honoured("as LoRAX's, with cat", MERGE),
     "api_token": honoured("shown to the adapter's source", "t", adapter_id="o/a"),
+    "timeout": honoured("ours: seconds, after which it fails", 5),
     "best_of": honoured("ranked by the mean log-probability", 2, do_sample=True),
     "temperature": honoured("0 is greedy", 0.5),
     "repetition_penalty": honoured("over prompt and output", 1.5),
@@ -189,7 +191,10 @@ LORAX_PARAMETERS = {
     "response_format": honoured("LoRAX's, OpenAI's and TGI's", {"type": "json_object"}),
     "grammar": honoured("TGI's response_format", {"type": "regex", "value": "a"}),
 }
-NAMED = {name: BOTH[name] for name in ("model", "adapter_source", "merged_adapters", "api_token")}
+NAMED = {
+    name: BOTH[name]
+    for name in ("model", "adapter_source", "merged_adapters", "api_token", "timeout")
+}
 POOLED = {
     "pooling": honoured("ours: of the last token, or the mean", "mean"),
     "normalize": honoured("vLLM's and TEI's: false leaves the length as it is", False),
@@ -209,7 +214,7 @@ EMBEDDING = (
 )
 OF_LORAX = {
     name: LORAX_PARAMETERS[name]
-    for name in ("adapter_id", "adapter_source", "merged_adapters", "api_token")
+    for name in ("adapter_id", "adapter_source", "merged_adapters", "api_token", "timeout")
 }
 EXTRACTION = (
     OF_LORAX
@@ -362,7 +367,7 @@ def outlined(call: Call | HttpReply) -> Any:
     if prompt.choices > 1:
         sampling = msgspec.structs.replace(prompt.sampling, seed=1)
         prompt = msgspec.structs.replace(prompt, sampling=sampling)
-    return (prompt, call.others, call.streamed, written(call))
+    return (prompt, call.others, call.streamed, call.timeout, written(call))
 
 
 def written(call: Call) -> Any:

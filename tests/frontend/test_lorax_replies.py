@@ -258,6 +258,7 @@ def test_a_headers_value_is_plain_ascii_whatever_the_adapter_is_called() -> None
         ),
         (FailureKind.OVERLOADED, 429, "overloaded", "Model is overloaded"),
         (FailureKind.TIMEOUT, 503, "timeout", "because"),
+        (FailureKind.DEADLINE, 504, "deadline", "because"),
         (FailureKind.SHUTDOWN, 503, "shutdown", "because"),
     ],
 )

@@ -125,6 +125,7 @@ def test_a_piece_without_text_is_no_chunk() -> None:
         (FailureKind.ADAPTER_UNAVAILABLE, 503, "server_error", "model_unavailable"),
         (FailureKind.OVERLOADED, 429, "rate_limit_error", "rate_limit_exceeded"),
         (FailureKind.TIMEOUT, 503, "server_error", "timeout"),
+        (FailureKind.DEADLINE, 504, "server_error", "deadline_exceeded"),
         (FailureKind.SHUTDOWN, 503, "server_error", "shutting_down"),
         (FailureKind.INTERNAL, 500, "server_error", "internal_error"),
     ],

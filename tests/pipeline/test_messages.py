@@ -156,5 +156,5 @@ def test_a_step_that_brings_tokens_alone_has_one_empty_field_for_each_other_kind
     assert done == b"\x96\xa8StepDone\x01\xc4\x041234\xc4\x00\x00\xc4\x00"
     tokens = msgspec.msgpack.encode(Tokens([1], [2], {}))
     assert tokens == b"\x95\xa6Tokens\x91\x01\x91\x02\x80\x90"
-    assert len(msgspec.msgpack.encode(Piece(1, "a"))) == 6
+    assert len(msgspec.msgpack.encode(Piece(1, "a"))) == 7
     assert len(msgspec.msgpack.encode(Pieces([]))) == 1 + 7 + 2
