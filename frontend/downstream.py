@@ -191,7 +191,7 @@ class Downstream:
         self._send = send
         self._keep_alive_seconds = keep_alive_seconds
         self._streams = Streams()
-        self._prompts = OpenPrompts(settings.tokenizer_workers)
+        self._prompts = OpenPrompts(settings.tokenizer_workers, settings.restart_limit)
         self._worker_of: dict[int, int] = {}  # request id -> tokenizer worker
         # Another than before a restart, so that late pieces for a predecessor find nobody.
         self._counter = secrets.randbits(REQUEST_BITS - 1)

@@ -11,22 +11,25 @@ import msgspec
 from frontend.streams import Stream
 from pipeline.messages import GONE, Failure, FailureKind, Prompt
 
-MAX_DEATHS = 5  # of workers, one after the other, for which a request may be the cause
-DIED = Failure(
-    500,
-    FailureKind.INTERNAL,
-    f"the process that encodes and decodes this request has died {MAX_DEATHS} times",
-)
+
+def died(times: int) -> Failure:
+    return Failure(
+        500,
+        FailureKind.INTERNAL,
+        f"the process that encodes and decodes this request has died {times} times",
+    )
 
 
 class OpenPrompt:
     """A prompt and what has come of it.
 
-    streams  by choice
+    streams     by choice
+    max_deaths  of workers, one after the other, for which it may be the cause
     """
 
-    def __init__(self, prompt: Prompt, streams: Sequence[Stream]) -> None:
+    def __init__(self, prompt: Prompt, streams: Sequence[Stream], max_deaths: int) -> None:
         self._prompt = prompt
+        self._max_deaths = max_deaths
         self._streams = streams
         self._deaths = 0  # since anything has come
         self._progress = 0
@@ -43,9 +46,9 @@ class OpenPrompt:
         progress = sum(heard) + told
         self._deaths = 1 if progress != self._progress else self._deaths + 1
         self._progress = progress
-        if self._deaths >= MAX_DEATHS:
+        if self._deaths >= self._max_deaths:
             for stream in self._streams:
-                stream.fail(DIED)
+                stream.fail(died(self._deaths))
         if not self.open_ids:
             return None
         return msgspec.structs.replace(
@@ -56,13 +59,17 @@ class OpenPrompt:
 
 
 class OpenPrompts:
-    """Those of one frontend."""
+    """Those of one frontend.
 
-    def __init__(self, workers: int) -> None:
+    restart_limit  of the keep-alives: no request may use up more than half of it
+    """
+
+    def __init__(self, workers: int, restart_limit: int) -> None:
+        self._max_deaths = max(1, restart_limit // 2)
         self._open: list[dict[int, OpenPrompt]] = [{} for _ in range(workers)]
 
     def add(self, worker: int, prompt: Prompt, streams: Sequence[Stream]) -> None:
-        self._open[worker][prompt.request_id] = OpenPrompt(prompt, streams)
+        self._open[worker][prompt.request_id] = OpenPrompt(prompt, streams, self._max_deaths)
 
     def remove(self, worker: int, request_id: int) -> None:
         """Nobody waits for it; perhaps it was never sent."""

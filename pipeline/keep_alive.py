@@ -199,8 +199,9 @@ class Kept:
         self._due = now + wait
 
     def _is_stopped_by(self, status: int) -> bool:
-        """It was asked to stop before it could listen to that."""
-        return bool(self._asked_to_stop) and self._heard is None and status == -self._asked_to_stop
+        """It was asked to stop before it could listen to that, or when it had stopped already and
+        the interpreter listened no longer."""
+        return bool(self._asked_to_stop) and status == -self._asked_to_stop
 
     @property
     def pipe(self) -> int | None:

@@ -170,7 +170,7 @@ def running(
     yield server
     assert eventually(lambda: is_healthy(server), 30)
     server.stop()
-    assert set(server.exit_codes().values()) == {0}
+    assert set(server.exit_codes().values()) == {0}, server.output()[-5000:]
     assert server.leftovers() == []
 
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from frontend.downstream import Downstream
-from frontend.open_prompts import DIED, MAX_DEATHS
+from frontend.open_prompts import died
 from pipeline.messages import (
     GONE,
     Cancel,
@@ -101,20 +101,20 @@ async def test_a_prompt_that_was_told_is_not_asked_for_again() -> None:
 
 async def test_a_request_that_may_be_the_cause_of_the_deaths_fails() -> None:
     sent = Sent()
-    requests = Downstream(settings(), 0, sent)
+    requests = Downstream(settings(restart_limit=6), 0, sent)
     with requests.start(prompt(), streamed=True) as reply:
         request_id = reply.streams[0].request_id
-        for _ in range(MAX_DEATHS - 1):
+        for _ in range(2):
             requests.worker_started(0)
         requests.deliver(Pieces([said(request_id, 1)]))  # it is not
-        for _ in range(MAX_DEATHS - 1):
+        for _ in range(2):
             requests.worker_started(0)
         sent.clear()
         requests.worker_started(0)
         assert sent.take() == [("tokenizer_workers", StillOpen(0, 0, []), 0)]
         [part] = await reply.next()
     assert part.end is not None
-    assert part.end.failure == DIED
+    assert part.end.failure == died(3)
     assert sent == []
 
 

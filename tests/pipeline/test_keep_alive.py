@@ -208,6 +208,15 @@ def test_one_that_is_stopped_before_it_can_listen_has_ended_well(keep: Keep) -> 
     assert keeper.end() == 0
 
 
+def test_one_that_has_stopped_when_it_is_told_to_has_ended_well(keep: Keep) -> None:
+    """At its end an interpreter has no handlers any more."""
+    keeper = keep("me.beat()\nsignal.signal(signal.SIGTERM, signal.SIG_DFL)\nout('ends')\nlive()")
+    keeper.line("ends")
+    keeper.process.terminate()
+    assert keeper.end() == 0
+    assert "event=died" not in "".join(keeper.seen)
+
+
 def test_its_processes_die_with_it(keep: Keep) -> None:
     keeper = keep("out('ready')\nlive()", "frontend", frontends=2)
     for _ in range(2):
