@@ -11,6 +11,7 @@ import pytest
 
 from frontend.metrics import SLOW_READERS
 from pipeline.messages import Cancel, Pieces, Prompt
+from tests.end_to_end.server import eventually
 from tests.frontend.fakes import end, piece, says
 from tests.frontend.running import Running
 
@@ -85,7 +86,7 @@ def test_a_stream_that_is_read_by_the_byte_is_cut_off_and_cancelled(server: Aske
         assert is_reset_while_it_reads_bytes(connection)
     assert server.backend.seen[Cancel].wait(10)
     assert server.answer() == "Hello"
-    assert server.backend.downstream.admission.in_flight == 0
+    assert eventually(lambda: server.backend.downstream.admission.in_flight == 0)
 
 
 def test_what_is_left_of_a_complete_reply_is_not_kept_for_ever(server: Asked) -> None:
