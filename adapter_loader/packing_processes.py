@@ -10,7 +10,6 @@ They are forked by a process without threads, the nursery, which is itself forke
 has any: so they cost no second import of torch, at the start or later.
 """
 
-import ctypes
 import gc
 import logging
 import os
@@ -32,11 +31,11 @@ from adapter_loader.workers import give_way
 from pipeline.arena import attach
 from pipeline.errors import RequestError
 from pipeline.metrics import REGISTRY
+from pipeline.parent import die_with_parent
 
 MAX_FILES = 253  # descriptors that one message of a socket can carry, SCM_MAX_FD
 MOST_PROCESSES = 8  # unless a setting says otherwise
 _HEAD_BYTES = 8
-_PR_SET_PDEATHSIG = 1
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +206,7 @@ def _fork(child: Callable[[], None], closes: socket.socket) -> int:
 def _be_child(parent: int, child: Callable[[], None], closes: socket.socket) -> NoReturn:
     """Nothing of the parent's may run here: no handlers of signals, and no `finally` at the end."""
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         for ignored in (signal.SIGTERM, signal.SIGINT):  # the loader hangs up when it ends
             signal.signal(ignored, signal.SIG_IGN)
         if os.getppid() == parent:

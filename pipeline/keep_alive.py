@@ -15,7 +15,6 @@ passes on SIGTERM and SIGINT, to those as well that it starts later. If it is ki
 """
 
 import argparse
-import ctypes
 import logging
 import math
 import os
@@ -37,12 +36,11 @@ from pipeline.errors import ConfigError
 from pipeline.incarnation import told
 from pipeline.logs import set_up_logs
 from pipeline.messages import ProcessDied
+from pipeline.parent import die_with_parent
 from pipeline.process import EXIT_CONFIG, EXIT_DEADLINE, GRACE_SECONDS, count
 
 LONGEST_BACKOFF_SECONDS = 30.0
 LOOK_SECONDS = 1.0  # between two looks at the clock
-_PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +117,7 @@ class Kept:
         parent = os.getpid()
 
         def dies_with_us() -> None:
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with_parent()
             if os.getppid() != parent:
                 os._exit(1)
 

@@ -4,7 +4,6 @@ It is somebody else's, so that a process without secrets in its environment, wit
 time, reads it. Says on stdout how it differs, as the end of a sentence; nothing if it agrees.
 """
 
-import ctypes
 import os
 import resource
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from pipeline.parent import die_with_parent
 from tokenizer_workers.agreement import canonical, difference
 from tokenizer_workers.loading import base_tokenizers
 
@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent  # where this package lies
 SECONDS = 60  # of a processor: twenty times what a vocabulary of 256,000 takes
 WALL_SECONDS = 300.0  # on a machine that is busy
 MEMORY_BYTES = 4 << 30
-PR_SET_PDEATHSIG = 1
 UNREADABLE = "it cannot be read"
 
 
@@ -42,7 +41,7 @@ def compare(folder: Path, tokenizer: bytes) -> str:
 
 
 def main(folder: Path) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))

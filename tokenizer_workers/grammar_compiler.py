@@ -5,7 +5,6 @@ for almost every grammar; a process bounds them for all. What passes here is com
 GPU worker, and followed there, so a few tokens of a random reply are tried as well.
 """
 
-import ctypes
 import random
 import resource
 import signal
@@ -23,13 +22,13 @@ from llguidance import LLMatcher, LLTokenizer
 
 from pipeline.grammars import GrammarError, compile_grammar, load_vocabulary
 from pipeline.model_config import ModelConfig
+from pipeline.parent import die_with_parent
 
 MEMORY_BYTES = 4 << 30  # of addresses; the vocabulary takes a quarter of a GiB of memory
 STEP_SECONDS = 0.5  # of a processor, for one token; it is 0.01 where the library's limits hold
 PROBED_TOKENS = 48
 UNABLE = "grammars cannot be compiled here"
 LENGTH = struct.Struct("<I")
-PR_SET_PDEATHSIG = 1
 
 
 class Compiler:
@@ -142,7 +141,7 @@ def _nth(mask: int, n: int) -> int:
 
 
 def main() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     folder, size, *eos = sys.argv[1:]

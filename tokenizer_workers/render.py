@@ -5,7 +5,6 @@ the kernel ends when a prompt takes too much processor time, in whatever it is b
 results are MessagePack behind their length, over the socket FD; it ends when that is closed.
 """
 
-import ctypes
 import functools
 import os
 import resource
@@ -20,6 +19,7 @@ import msgspec
 
 from pipeline.errors import RequestError
 from pipeline.messages import ChatOptions, Failure, FailureKind, Tools
+from pipeline.parent import die_with_parent
 from tokenizer_workers.chat_template import RENDER_ERRORS, ChatTemplate, NotATemplate
 from tokenizer_workers.tool_formats import FORMATS, ToolFormat
 from tokenizer_workers.tool_use import ToolUse
@@ -27,7 +27,6 @@ from tokenizer_workers.tool_use import ToolUse
 LENGTH = struct.Struct("!I")
 MAX_COMPILED = 128  # templates that are kept for the next prompt, while there is memory
 READY = b""
-PR_SET_PDEATHSIG = 1
 
 
 class TemplateLimits(msgspec.Struct, frozen=True):
@@ -56,7 +55,7 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
 
 def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbytes: int) -> None:
     """Serve until the other end is closed; in the middle of a template, too."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to everybody
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the end of this process
     decoder = msgspec.msgpack.Decoder(Job)
