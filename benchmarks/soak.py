@@ -42,8 +42,8 @@ LOAD_SECONDS = 2.0  # after which the stalling server's adapters have failed
 STREAMS = 64  # that a drain ends
 KILLED = ("gpu_worker", "tokenizer_workers", "adapter_loader")
 QUIET_SECONDS = 10.0  # to give everything back in
-# Of each process, from an idle state with all code warm to the next. PyTorch on a CPU keeps what it
-# has made for each shape of a step, which are many here, so that the worker's has no bound to hold.
+# Of each process, from an idle state with all code warm to the next. The GPU worker's grows on a CPU;
+# whether that is what PyTorch keeps for each shape of a step, or a leak, has not been found out.
 GROWN_BYTES = {
     "frontend": 16 << 20,
     "tokenizer_workers": 16 << 20,
