@@ -42,8 +42,8 @@ LOAD_SECONDS = 2.0  # after which the stalling server's adapters have failed
 STREAMS = 64  # that a drain ends
 KILLED = ("gpu_worker", "tokenizer_workers", "adapter_loader")
 QUIET_SECONDS = 10.0  # to give everything back in
-# Of each process, from an idle state with all code warm to the next. The GPU worker's grows on a CPU;
-# whether that is what PyTorch keeps for each shape of a step, or a leak, has not been found out.
+# Of each process, from an idle state with all code warm to the next. The GPU worker's grows on a
+# CPU; whether PyTorch keeps something for each shape of a step, or it is a leak, is not known.
 GROWN_BYTES = {
     "frontend": 16 << 20,
     "tokenizer_workers": 16 << 20,
