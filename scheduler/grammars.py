@@ -93,7 +93,12 @@ class Grammars:
         """The worker cannot have it: those that wait for it, who are to `leave`. Whoever comes
         after that has it tried again."""
         source = self._source_of.pop(grammar_id, None)
-        return list(self._grammar_of[source].waiting) if source else []
+        if source is None:
+            return []
+        grammar = self._grammar_of[source]
+        if not grammar.users:  # else it goes with the last of them
+            del self._grammar_of[source]
+        return list(grammar.waiting)
 
     def leave(self, sequence: Sequence) -> bool:
         """The sequence has ended. Whether it waited for its grammar until now."""

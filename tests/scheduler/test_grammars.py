@@ -75,6 +75,17 @@ def test_a_request_that_is_cancelled_while_it_waits_for_its_grammar_leaves_nothi
     assert world.finished[stays].reason is FinishReason.LENGTH
 
 
+def test_one_that_failed_after_all_who_wanted_it_had_gone_is_tried_again() -> None:
+    world = World()
+    world.cancel(world.submit(grammar="a"))
+    world.compile("what was wrong with it then")
+    world.lose_worker()
+    world.worker_ready()
+    stays = world.submit(grammar="a")
+    world.run()
+    assert world.finished[stays].reason is FinishReason.LENGTH
+
+
 def test_a_request_that_waits_too_long_for_its_grammar_ends() -> None:
     world = World(max_wait_seconds=5.0)
     request = world.submit(grammar="a")
