@@ -101,7 +101,8 @@ class Adapters:
         self._outdated_before = 0  # how many there ever were
         self._kept: set[Adapter] = set()
         self._loads = Loads(policy=policy, send=send, load_seconds=load_seconds)
-        self._without_room: list[Adapter] = []  # staged, not resident
+        self._without_room: dict[Adapter, None] = {}  # staged, not resident
+        self._for_nobody: dict[Adapter, None] = {}  # those of them without a sequence at some time
         self._arriving: deque[_Placing] = deque()  # in order
         self._room_may_be_found = False
         self._loader_is_there = False
@@ -169,8 +170,7 @@ class Adapters:
             adapter.pins = adapter.running = 0
             self._shut(adapter)
             if adapter in arriving:  # so its lease is ours still
-                self._without_room.append(adapter)
-                self._policy.block(adapter.key)
+                self._lacks_room(adapter)
             else:
                 adapter.staged = None
                 adapter.in_doubt = False
@@ -247,8 +247,10 @@ class Adapters:
             self._loads.want_less(adapter, sequence.tenant)
             if not adapter.is_waited_for:
                 self._forget(adapter)
-        elif adapter.staged is not None and not adapter.is_waited_for:
-            self._give_up(adapter)
+        elif adapter.staged is not None and not adapter.waiting:
+            self._for_nobody[adapter] = None
+            if not adapter.is_waited_for:
+                self._give_up(adapter)
 
     def prefetch(self, message: Prefetch, now: float) -> None:
         """Somebody will want this adapter soon."""
@@ -407,8 +409,7 @@ class Adapters:
                 return False
             adapter = self._replace(adapter)
         adapter.staged = message
-        self._without_room.append(adapter)
-        self._policy.block(adapter.key)
+        self._lacks_room(adapter)
         self._room_may_be_found = True
         return True
 
@@ -479,14 +480,17 @@ class Adapters:
                     too_large = nbytes
                 if not adapter.is_waited_for:
                     self._give_up(adapter)
-            # with these out of the way it is the others' turn
-            self._room_may_be_found = len(self._without_room) < before
+            # where all of these are out of the way it is the others' turn
+            found_too_little = too_large < math.inf and overdue is None
+            self._room_may_be_found = len(self._without_room) < before and not found_too_little
         self._admit()
         self._loads.ask(now)
         return placements, failed
 
     def _room_beside_kept(self) -> int:
         """The most bytes that an adapter may have to fit beside those that are kept."""
+        if not self._kept and self._pool.slots:  # as mostly
+            return self._pool.nbytes
         return self._pool.largest(beside=self.kept_bytes) if self.kept < self._pool.slots else -1
 
     def placed(self, slot: int) -> None:
@@ -500,7 +504,7 @@ class Adapters:
         self._admit()
 
     def _may_copy(self) -> bool:
-        return sum(one.adapter.nbytes for one in self._arriving) < MAX_BYTES_ARRIVING
+        return sum([one.adapter.nbytes for one in self._arriving]) < MAX_BYTES_ARRIVING
 
     def _admit(self) -> None:
         """Let those start whose adapter has arrived, or is about to."""
@@ -568,10 +572,10 @@ class Adapters:
         candidates.sort(key=Adapter.worth)
         evictable = [one.extent for one in candidates if one.extent is not None]
         nbytes = adapter.nbytes
-        if not self._pool.may_place(nbytes, evictable):
-            return None
         if evictable and (place := self._pool.replace(adapter.key, nbytes, evictable[0])):
             return place
+        if not self._pool.may_place(nbytes, evictable):
+            return None
         pinned = {one.extent for one in self._resident.values() if one.pins and one.extent}
         place = self._pool.place(adapter.key, nbytes, evictable, fixed=pinned, most_moves=MAX_MOVES)
         if place is None and adapter.waiting and not self._arriving:
@@ -589,11 +593,19 @@ class Adapters:
     def _in_turn(self) -> list[Adapter]:
         """The first of those without room; those that nobody waits for come last."""
         first = [self._adapter_of[key] for key in self._policy.blocked_in_turn(MAX_TRIES)]
-        return first + [adapter for adapter in self._without_room if not adapter.waiting]
+        return first + [adapter for adapter in self._for_nobody if not adapter.waiting]
+
+    def _lacks_room(self, adapter: Adapter) -> None:
+        """It is staged, and not resident."""
+        self._without_room[adapter] = None
+        if not adapter.waiting:
+            self._for_nobody[adapter] = None
+        self._policy.block(adapter.key)
 
     def _needs_no_room(self, adapter: Adapter) -> None:
         """It has got room, or is given up."""
-        self._without_room.remove(adapter)
+        del self._without_room[adapter]
+        self._for_nobody.pop(adapter, None)
         self._policy.unblock(adapter.key)
         self._loads.over(adapter)
 

@@ -43,18 +43,16 @@ class Batch:
         Returns whom it preempted for want of blocks: the latest, who gave up row and blocks.
         """
         preempted: list[Sequence] = []
-        rows, sampled = plan.decode_rows, plan.sampled
+        sampled = plan.sampled
         kv_tokens = 0
         for sequence in self._running:  # its tail may go meanwhile, never what has been passed
             fed = sequence.fed
-            if not sequence.prefill_end <= fed < sequence.last_fed:
-                continue
-            if fed == sequence.capacity and not self._grow(sequence, plan, preempted):
+            if fed >= sequence.decodes_to and not self._may_decode(sequence, plan, preempted):
                 continue
             sequence.fed = fed + 1
             kv_tokens += fed
-            rows.append(sequence.row)
             sampled.append(sequence)
+        plan.decode_rows = [sequence.row for sequence in sampled]
         plan.kv_tokens = kv_tokens
         self.preemptions += len(preempted)
         return preempted
@@ -88,6 +86,7 @@ class Batch:
         sequence.fed = self.kv.cached_tokens(table)
         sequence.prefill_end = len(sequence.token_ids)
         sequence.capacity = len(table.blocks) * self.kv.block_tokens
+        sequence.decodes_to = 0
         sequence.notice_at = sequence.prefill_end + 1
         insort(self._running, sequence, key=by_order)
         insort(self._prefilling, sequence, key=by_order)
@@ -104,18 +103,16 @@ class Batch:
 
     # --- after a step ---
 
-    def cache_written(self, sequence: Sequence) -> int:
-        """Cache the full blocks whose tokens are known and whose KV is written by steps sent.
-
-        Returns how many tokens that must be until there is another.
-        """
+    def cache_written(self, sequence: Sequence) -> None:
+        """Cache the full blocks whose tokens are known and whose KV is written by steps sent."""
         assert sequence.table is not None
         written = min(sequence.fed, len(sequence.token_ids))
-        return self.kv.remember(sequence.table, sequence.token_ids, written)
+        self.kv.remember(sequence.table, sequence.token_ids, written)
 
     def vacate(self, sequence: Sequence) -> None:
-        """Take back its row and blocks. Its tokens in flight are not disturbed, since the worker
-        runs them before any step that gives these to others."""
+        """Take back its row and blocks; what it has produced is cached now, and not before: until
+        then nobody has seen all of it who could send it on. Its tokens in flight are not disturbed,
+        since the worker runs them before any step that gives these to others."""
         self.cache_written(sequence)
         assert sequence.table is not None
         self.kv.close(sequence.table)
@@ -133,6 +130,15 @@ class Batch:
         for sequence in running:
             sequence.table = None
         return running
+
+    def _may_decode(self, sequence: Sequence, plan: StepPlan, preempted: list[Sequence]) -> bool:
+        """A closer look at one that has come to where it may go on without."""
+        if not sequence.prefill_end <= sequence.fed < sequence.last_fed:
+            return False
+        if sequence.fed == sequence.capacity and not self._grow(sequence, plan, preempted):
+            return False
+        sequence.decodes_to = min(sequence.capacity, sequence.last_fed)
+        return True
 
     def _grow(self, sequence: Sequence, plan: StepPlan, preempted: list[Sequence]) -> bool:
         """One more block, at the cost of the latest; False if that was the sequence itself."""

@@ -482,28 +482,38 @@ class Scheduler:
     ) -> int:
         """Runs for each token that is produced, so it looks at little. Returns how many came for
         those that had ended."""
+        if logprobs:
+            self._take_logprobs(sampled, token_ids, logprobs)
         replies = self._listeners.replies
         dropped = 0
-        for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
-            if sequence.ended:
-                dropped += 1
-                continue
-            if token < 0:
-                self._fail(sequence, failures.no_token(token, sequence.adapter), now)
+        for sequence, token in zip(sampled, token_ids, strict=True):
+            if sequence.ended or token < 0:
+                dropped += sequence.ended
+                if not sequence.ended:
+                    self._fail(sequence, failures.no_token(token, sequence.adapter), now)
                 continue
             known = sequence.token_ids
             known.append(token)
             reply = replies[sequence.worker]
             reply.request_ids.append(sequence.request_id)
             reply.token_ids.append(token)
-            if logprobs and index in logprobs:
-                reply.logprobs[len(reply.request_ids) - 1] = logprobs[index]
-                sequence.logprob_rows.append(logprobs[index])
-            if token in sequence.eos:
-                self._finish(sequence, FinishReason.EOS, now)
-            elif len(known) >= sequence.notice_at:
-                self._notice(sequence, now)
+            if token in sequence.eos or len(known) >= sequence.notice_at:
+                self._notice(sequence, token, now)
         return dropped
+
+    def _take_logprobs(
+        self, sampled: list[Sequence], token_ids: "array[int]", logprobs: dict[int, bytes]
+    ) -> None:
+        """Before the tokens that they are of, which are said in this order."""
+        said = [len(reply.request_ids) for reply in self._listeners.replies]
+        for index, (sequence, token) in enumerate(zip(sampled, token_ids, strict=True)):
+            if sequence.ended or token < 0:
+                continue
+            if index in logprobs:
+                reply = self._listeners.replies[sequence.worker]
+                reply.logprobs[said[sequence.worker]] = logprobs[index]
+                sequence.logprob_rows.append(logprobs[index])
+            said[sequence.worker] += 1
 
     def _take_embeddings(self, embedded: list[Sequence], embeddings: bytes, now: float) -> None:
         for sequence, embedding in zip(embedded, split(embeddings, len(embedded)), strict=True):
@@ -514,16 +524,15 @@ class Scheduler:
             else:
                 self._fail(sequence, failures.not_finite("hidden states", sequence.adapter), now)
 
-    def _notice(self, sequence: Sequence, now: float) -> None:
-        """Its first token came, or its last, or one that shows that a block is full."""
-        self._time_first_token(sequence, now)
-        known = len(sequence.token_ids)
-        if known == sequence.end:
+    def _notice(self, sequence: Sequence, token: int, now: float) -> None:
+        """Its first token since it started came, or its last."""
+        if token in sequence.eos:
+            self._finish(sequence, FinishReason.EOS, now)
+        elif len(sequence.token_ids) == sequence.end:
             self._finish(sequence, FinishReason.LENGTH, now)
-        elif sequence.table is None:
-            sequence.notice_at = sequence.end
         else:
-            sequence.notice_at = min(sequence.end, self._batch.cache_written(sequence))
+            self._time_first_token(sequence, now)
+            sequence.notice_at = sequence.end
 
     def _time_first_token(self, sequence: Sequence, now: float) -> None:
         """The first of all, or the first after a preemption, has come if it had not."""

@@ -20,7 +20,7 @@ rests while one of its own tenant is overdue.
 
 import math
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from itertools import takewhile
 from operator import attrgetter
 
@@ -131,6 +131,7 @@ class FairShare:
         self._blocked: set[AdapterKey] = set()
         self._unpassed: dict[Tenant, None] = {}  # with blocked queues that nobody has passed
         self._passed: dict[Tenant, None] = {}  # with blocked queues that have been passed
+        self._passed_since = math.inf  # none of those that are was passed before
         self._last = Tenant("", 0.0)  # to wait
         self._places = 0  # that have been given
         self._few_tenants = FEW_COUNTERS
@@ -211,9 +212,7 @@ class FairShare:
             del tenant.queues[queue.key]
 
     def produced(self, sequences: Iterable[Sequence]) -> None:
-        share_of = self._share_of
-        for sequence in sequences:
-            queue = share_of.get(sequence)
+        for queue in map(self._share_of.get, sequences):
             if queue is not None:
                 queue.left -= OUTPUT_COST
                 queue.tenant.served += OUTPUT_COST
@@ -243,7 +242,7 @@ class FairShare:
     # --- who is next ---
 
     def first(self, now: float) -> Sequence | None:
-        tenants = [tenant for tenant in self._ready if self._may_run(tenant)]
+        tenants = self._below_limit(self._ready)
         if not tenants:
             return None
         barrier = self._barrier(now)
@@ -279,19 +278,17 @@ class FairShare:
 
     def _barrier(self, now: float) -> Queue | None:
         """The first in turn of the queues that have been passed for long enough."""
-        tenants = [
-            tenant
-            for tenant in self._passed
-            if self._is_overdue(next(iter(tenant.passed)), now) and self._may_run(tenant)
-        ]
+        since = now - self._max_overtaking_seconds
+        if self._passed_since > since:
+            return None
+        first_passed = {one: next(iter(one.passed)).passed_at for one in self._passed}
+        self._passed_since = min(first_passed.values(), default=math.inf)
+        tenants = self._below_limit([one for one, at in first_passed.items() if at <= since])
         if not tenants:
             return None
         passed = min(tenants, key=_tenant_turn).passed
-        overdue = takewhile(lambda queue: self._is_overdue(queue, now), passed)
+        overdue = takewhile(lambda queue: queue.passed_at <= since, passed)
         return min(overdue, key=_queue_turn)
-
-    def _is_overdue(self, queue: Queue, now: float) -> bool:
-        return now - queue.passed_at >= self._max_overtaking_seconds
 
     def _note_passed(self, queue: Queue, now: float) -> None:
         """The first of this queue starts, before all blocked queues whose turn comes first."""
@@ -307,11 +304,18 @@ class FairShare:
                     blocked.passed_at = now
                     tenant.passed[blocked] = None
                     self._passed[tenant] = None
+                    self._passed_since = min(self._passed_since, now)
             if not tenant.blocked:
                 del self._unpassed[tenant]
 
     def _may_run(self, tenant: Tenant) -> bool:
         return tenant.running < self._max_tenant_running
+
+    def _below_limit(self, tenants: Collection[Tenant]) -> Collection[Tenant]:
+        """Those of them that may run one more; called often, and mostly there is no limit."""
+        if self._max_tenant_running == math.inf:
+            return tenants
+        return [tenant for tenant in tenants if self._may_run(tenant)]
 
     # --- the turns of a tenant's queues ---
 

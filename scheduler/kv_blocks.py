@@ -1,9 +1,10 @@
 """Which KV blocks are free, which a sequence holds, and which keep a prefix for later.
 
 The prefix cache is a trie for each root (an adapter's content, or the base model). A node is one
-full block; its key is the tokens of that block themselves, so that no two prefixes are confused.
-Whoever holds a node holds those above it; a sequence lets go of its nodes leaf first. So the node
-that has been idle longest never has children, and eviction needs no search.
+full block, and has its number; a root has a number of its own, above those. What continues a node
+is found by its number and the tokens of the next block themselves, so that no two prefixes are
+confused. Whoever holds a node holds those above it; a sequence lets go of its nodes leaf first. So
+the node that has been idle longest never has any below it, and eviction needs no search.
 """
 
 import sys
@@ -13,30 +14,19 @@ from collections.abc import Hashable
 
 NEVER = sys.maxsize
 
-
-class Node:
-    """A cached block; or, with block -1, the root of a trie."""
-
-    __slots__ = ("block", "children", "holders", "key", "parent")
-
-    def __init__(self, parent: "Node | None", key: Hashable, block: int) -> None:
-        self.parent = parent
-        self.key = key  # the bytes of its tokens; of a root, its name
-        self.block = block
-        self.children: dict[Hashable, Node] = {}
-        self.holders = 0
+Edge = tuple[int, bytes]  # a node or root, and the tokens of a block after it
 
 
 class PageTable:
     """The KV blocks of one running sequence. KvBlocks alone changes it.
 
-    path[1:] are the cache entries of its first blocks. Where an equal prefix was cached by another
-    sequence meanwhile, the entry's block is not the sequence's own.
+    path has a root, then the nodes of the sequence's first blocks. Where an equal prefix was cached
+    by another sequence meanwhile, the node is not the sequence's own block.
     """
 
     __slots__ = ("blocks", "path")
 
-    def __init__(self, blocks: list[int], path: list[Node]) -> None:
+    def __init__(self, blocks: list[int], path: list[int]) -> None:
         self.blocks = blocks
         self.path = path
 
@@ -49,8 +39,14 @@ class KvBlocks:
         self.block_tokens = block_tokens
         self._prefix_cache = prefix_cache
         self._free = list(range(blocks - 1, -1, -1))
-        self._roots: dict[Hashable, Node] = {}
-        self._idle: OrderedDict[Node, None] = OrderedDict()  # cached, not held; longest first
+        self._node_at: dict[Edge, int] = {}
+        self._edge_to: list[Edge] = [(blocks, b"")] * blocks  # by node
+        self._holders = [0] * blocks  # by node
+        self._idle: OrderedDict[int, None] = OrderedDict()  # nodes not held; longest first
+        self._root_of: dict[Hashable, int] = {}
+        self._name_of: dict[int, Hashable] = {}  # by root
+        self._uses: dict[int, int] = {}  # by root: tables and nodes right after it
+        self._roots_before = blocks  # numbers that are not to be given to a root
 
     @property
     def available(self) -> int:
@@ -74,13 +70,12 @@ class KvBlocks:
         there are too few blocks, or fewer than `reserve` would be left.
         """
         path = self._match(root, token_ids, share)
-        for node in path:
-            self._hold(node)
-        missing = self.blocks_for(len(token_ids)) - (len(path) - 1)
+        blocks = path[1:]
+        self._hold(blocks)
+        missing = self.blocks_for(len(token_ids)) - len(blocks)
         if missing + reserve > self.available:
             self._let_go(path)
             return None
-        blocks = [node.block for node in path[1:]]
         blocks += [self._take() for _ in range(missing)]
         return PageTable(blocks, path)
 
@@ -96,75 +91,87 @@ class KvBlocks:
         table.blocks.append(block)
         return block
 
-    def remember(self, table: PageTable, token_ids: "array[int]", tokens: int) -> int:
-        """Cache the full blocks of the first `tokens` tokens, whose KV is computed by now.
-
-        Returns how many tokens must be computed before there is another block to cache.
-        """
+    def remember(self, table: PageTable, token_ids: "array[int]", tokens: int) -> None:
+        """Cache the full blocks of the first `tokens` tokens, whose KV is computed by now."""
         if not self._prefix_cache:
-            return NEVER
-        path, size = table.path, self.block_tokens
-        end = len(path) * size
-        while end <= tokens:
-            key = token_ids[end - size : end].tobytes()
-            parent = path[-1]
-            node = parent.children.get(key)
-            if node is None:
-                node = parent.children[key] = Node(parent, key, table.blocks[len(path) - 1])
-                node.holders = 1
+            return
+        path = table.path
+        parent, known = path[-1], len(path) - 1
+        keys = _keys(token_ids, self.block_tokens, known, tokens // self.block_tokens)
+        for edge_tokens, block in zip(keys, table.blocks[known:], strict=False):
+            edge = (parent, edge_tokens)
+            node = self._node_at.setdefault(edge, block)
+            if node != block:
+                self._hold([node])
             else:
-                self._hold(node)
+                self._edge_to[node] = edge
+                self._holders[node] = 1
+                if parent >= self.total:
+                    self._uses[parent] += 1
             path.append(node)
-            end += size
-        return end
+            parent = node
 
     def close(self, table: PageTable) -> None:
         """Take all blocks back; what is cached stays so until its block is needed."""
         blocks, path = table.blocks, table.path
         cached = len(path) - 1
-        self._free += [
-            block for node, block in zip(path[1:], blocks, strict=False) if node.block != block
-        ]
+        if blocks[:cached] != path[1:]:
+            own = zip(path[1:], blocks, strict=False)
+            self._free += [block for node, block in own if node != block]
         self._free += blocks[cached:]
         self._let_go(path)
 
-    def _match(self, root: Hashable, token_ids: "array[int]", share: int) -> list[Node]:
-        """The root and the longest cached prefix of token_ids[:-1] and of token_ids[:share]."""
-        node: Node | None = self._roots.get(root)
+    def _match(self, root: Hashable, token_ids: "array[int]", share: int) -> list[int]:
+        """The root and the longest cached prefix of token_ids[:-1] and of token_ids[:share]. A use
+        of the root is counted."""
+        node = self._root_of.get(root)
         if node is None:
-            node = self._roots[root] = Node(None, root, -1)
-        path, size = [node], self.block_tokens
-        for start in range(0, min(len(token_ids) - 1, share) - size + 1, size):
-            node = node.children.get(token_ids[start : start + size].tobytes())
-            if node is None:
+            self._roots_before = node = self._roots_before + 1
+            self._root_of[root] = node
+            self._name_of[node] = root
+            self._uses[node] = 0
+        self._uses[node] += 1
+        path = [node]
+        most = min(len(token_ids) - 1, share) // self.block_tokens
+        for tokens in _keys(token_ids, self.block_tokens, 0, most):
+            found = self._node_at.get((path[-1], tokens))
+            if found is None:
                 break
-            path.append(node)
+            path.append(found)
         return path
 
-    def _hold(self, node: Node) -> None:
-        if node.holders == 0:
-            self._idle.pop(node, None)
-        node.holders += 1
+    def _hold(self, nodes: list[int]) -> None:
+        for node in nodes:
+            if self._holders[node] == 0:
+                del self._idle[node]
+            self._holders[node] += 1
 
-    def _let_go(self, path: list[Node]) -> None:
-        for node in reversed(path):
-            node.holders -= 1
-            if node.holders == 0 and node.parent is not None:
+    def _let_go(self, path: list[int]) -> None:
+        for node in path[:0:-1]:
+            self._holders[node] -= 1
+            if self._holders[node] == 0:
                 self._idle[node] = None
-        self._drop_if_empty(path[0])
+        self._used_less(path[0])
 
     def _take(self) -> int:
         if self._free:
             return self._free.pop()
         node, _ = self._idle.popitem(last=False)
-        parent = node.parent
-        assert parent is not None
-        assert not node.children
-        del parent.children[node.key]
-        if parent.parent is None:
-            self._drop_if_empty(parent)
-        return node.block
+        edge = self._edge_to[node]
+        del self._node_at[edge]
+        if edge[0] >= self.total:
+            self._used_less(edge[0])
+        return node
 
-    def _drop_if_empty(self, root: Node) -> None:
-        if not root.children and root.holders == 0:
-            del self._roots[root.key]
+    def _used_less(self, root: int) -> None:
+        self._uses[root] -= 1
+        if not self._uses[root]:
+            del self._root_of[self._name_of.pop(root)]
+            del self._uses[root]
+
+
+def _keys(token_ids: "array[int]", block_tokens: int, first: int, end: int) -> list[bytes]:
+    """The tokens of each block from `first` to `end`."""
+    size = block_tokens * token_ids.itemsize
+    tokens = token_ids[first * block_tokens : end * block_tokens].tobytes()
+    return [tokens[start : start + size] for start in range(0, len(tokens), size)]

@@ -36,6 +36,7 @@ class Sequence:
         "capacity",
         "content",
         "counted",
+        "decodes_to",
         "end",
         "ended",
         "eos",
@@ -114,6 +115,7 @@ class Sequence:
         self.fed = 0  # positions whose KV is written by the steps sent so far
         self.prefill_end = 0  # tokens that are prefilled; what follows is decoded
         self.capacity = 0  # positions that its blocks hold
+        self.decodes_to = 0  # positions that are fed one by one without a look at more than that
         self.notice_at = 0  # known tokens at which the core looks at more than EOS
         self.resume_after = 0  # after a preemption: the step that has its last tokens
         self.interrupted: float | None = None  # after one: when its last token came
