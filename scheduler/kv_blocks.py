@@ -95,17 +95,17 @@ class KvBlocks:
         """Cache the full blocks of the first `tokens` tokens, whose KV is computed by now."""
         if not self._prefix_cache:
             return
-        path = table.path
+        node_at, edge_to, holders, path = self._node_at, self._edge_to, self._holders, table.path
         parent, known = path[-1], len(path) - 1
         keys = _keys(token_ids, self.block_tokens, known, tokens // self.block_tokens)
         for edge_tokens, block in zip(keys, table.blocks[known:], strict=False):
             edge = (parent, edge_tokens)
-            node = self._node_at.setdefault(edge, block)
+            node = node_at.setdefault(edge, block)
             if node != block:
                 self._hold([node])
             else:
-                self._edge_to[node] = edge
-                self._holders[node] = 1
+                edge_to[node] = edge
+                holders[node] = 1
                 if parent >= self.total:
                     self._uses[parent] += 1
             path.append(node)
@@ -147,10 +147,11 @@ class KvBlocks:
             self._holders[node] += 1
 
     def _let_go(self, path: list[int]) -> None:
+        holders, idle = self._holders, self._idle
         for node in path[:0:-1]:
-            self._holders[node] -= 1
-            if self._holders[node] == 0:
-                self._idle[node] = None
+            holders[node] -= 1
+            if not holders[node]:
+                idle[node] = None
         self._used_less(path[0])
 
     def _take(self) -> int:

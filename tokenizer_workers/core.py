@@ -143,6 +143,7 @@ class _Request:
         "decoder",
         "first_token_at",
         "heard",
+        "is_plain",
         "outgoing",
         "parser",
         "prompt",
@@ -178,6 +179,7 @@ class _Request:
         self.token_decoder = token_decoder
         self.stop = stop
         self.top = top
+        self.is_plain = token_decoder is None and stop is None and parser is None  # as most are
         self.prompt: PromptTokens | None = None  # while their log-probabilities come in
         self.prompt_text = ""
         self.completion_tokens = 0
@@ -421,20 +423,28 @@ class Core:
                 request.first_token_at = now
             request.completion_tokens += 1
             text = request.decoder.push(token_id)
-            if request.token_decoder is not None:
-                own_text = request.token_decoder.push(token_id)
-                row = message.logprobs.get(at)
-                detail = self._vocabulary.detail(token_id, own_text, row, request.top)
-                request.outgoing.detail(request, detail)
-            if request.stop is not None:
-                text = request.stop.push(text)
-            if text:
-                self._say(request, text)
-            stopped = request.stop is not None and request.stop.matched
-            if stopped or (request.parser is not None and request.parser.is_over):
-                self._stopped(request, now)
+            if not request.is_plain:
+                self._look_closer(request, token_id, text, message.logprobs.get(at), now)
+            elif text:
+                request.outgoing.add(request, text)
         for finished in message.finished:
             self._finished(finished, now)
+
+    def _look_closer(
+        self, request: _Request, token_id: int, text: str, logprobs: bytes | None, now: float
+    ) -> None:
+        """At a token of a request that wants more than its text."""
+        if request.token_decoder is not None:
+            own_text = request.token_decoder.push(token_id)
+            detail = self._vocabulary.detail(token_id, own_text, logprobs, request.top)
+            request.outgoing.detail(request, detail)
+        if request.stop is not None:
+            text = request.stop.push(text)
+        if text:
+            self._say(request, text)
+        stopped = request.stop is not None and request.stop.matched
+        if stopped or (request.parser is not None and request.parser.is_over):
+            self._stopped(request, now)
 
     def resumed(self, message: Resumed, now: float) -> None:
         """All tokens of a request that its predecessor had. What the frontend knows is not said
