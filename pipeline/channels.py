@@ -69,6 +69,9 @@ class Inbox(Generic[M]):
         self._decoder = msgspec.msgpack.Decoder(union)
         self._outbox = outbox
         self._next: bytes | None = None  # the first of an incarnation, for the next list
+        self._of_latest: set[bytes] = set()  # envelopes of what is for us, from the latest of each
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
         self._watched_by: asyncio.AbstractEventLoop | None = None
         self._path.unlink(missing_ok=True)  # a dead process leaves its socket file behind
         self._socket.bind(f"ipc://{self._path}")
@@ -76,8 +79,8 @@ class Inbox(Generic[M]):
     def receive(self, timeout_ms: int | None = None) -> list[M]:
         """What has arrived, at most MAX_RECEIVED; waits up to timeout_ms (None: until something)
         when there is nothing, and anew after what is no message."""
-        messages = self._drain()
-        while not messages and timeout_ms != 0 and self._socket.poll(timeout_ms, zmq.POLLIN):
+        messages: list[M] = []
+        while not messages and (self._next is not None or self._poller.poll(timeout_ms)):
             messages = self._drain()
         return messages
 
@@ -102,10 +105,9 @@ class Inbox(Generic[M]):
         while len(messages) < MAX_RECEIVED:
             received, self._next = self._next, None
             if received is None:
-                try:
-                    received = self._socket.recv(zmq.NOBLOCK)
-                except zmq.Again:
+                if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # cheaper than zmq.Again
                     break
+                received = self._socket.recv(zmq.NOBLOCK)
             body = self._body(received)
             if body is None:
                 continue
@@ -118,7 +120,10 @@ class Inbox(Generic[M]):
     def _is_for_us(self, received: bytes, messages: list[M], outbox: "Outbox") -> bool:
         """Whether it is to be decoded now. If another incarnation has sent it, those before it
         are dealt with first."""
-        sender, receiver, process, index = _ENVELOPE.unpack_from(received)
+        envelope = received[: _ENVELOPE.size]
+        if envelope in self._of_latest:
+            return True
+        sender, receiver, process, index = _ENVELOPE.unpack(envelope)
         if sender and process < len(PROCESSES):
             peer = (PROCESSES[process], index)
             known = outbox.known(peer)
@@ -129,8 +134,12 @@ class Inbox(Generic[M]):
                     self._next = received
                     return False
                 outbox.heard_of(peer, sender)
+                self._of_latest.clear()
                 messages.append(cast(M, PeerStarted(*peer, again=bool(known))))
-        return receiver in (0, outbox.number)
+        if receiver not in (0, outbox.number):
+            return False
+        self._of_latest.add(envelope)
+        return True
 
     def _body(self, received: bytes) -> list[M] | None:
         """The message, or nothing for a greeting; None for bytes that are neither. These are not
@@ -165,6 +174,7 @@ class Outbox:
         self._known: dict[Peer, int] = {}  # the latest incarnation of each that was heard of
         self._waiting: dict[Peer, list[bytes]] = {}  # for those that were not
         self._sockets: dict[Peer, zmq.Socket[bytes]] = {}
+        self._envelopes: dict[Peer, bytes] = {}  # of what is sent to each
         self._encoder = msgspec.msgpack.Encoder()
 
     def send(self, process: str, message: Message, index: int = 0) -> None:
@@ -189,6 +199,7 @@ class Outbox:
     def heard_of(self, peer: Peer, number: int) -> None:
         """From now on this incarnation of it is spoken with."""
         self._known[peer] = number
+        self._envelopes.pop(peer, None)
         self._send(peer, b"")  # it may have started after it was greeted
         for body in self._waiting.pop(peer, ()):
             self._send(peer, body)
@@ -197,13 +208,16 @@ class Outbox:
         socket = self._sockets.get(peer)
         if socket is None:
             socket = self._connect(*peer)
+        envelope = self._envelopes.get(peer)
+        if envelope is None:
+            envelope = self._envelopes[peer] = self._envelope(peer)
+        socket.send(envelope + body, zmq.NOBLOCK)
+
+    def _envelope(self, peer: Peer) -> bytes:
         me, receiver = self._incarnation, self._known.get(peer, 0)
         if me is None:
-            envelope = _ENVELOPE.pack(0, receiver, 0, 0)
-        else:
-            process = PROCESSES.index(me.process)
-            envelope = _ENVELOPE.pack(me.number, receiver, process, me.index)
-        socket.send(envelope + body, zmq.NOBLOCK)
+            return _ENVELOPE.pack(0, receiver, 0, 0)
+        return _ENVELOPE.pack(me.number, receiver, PROCESSES.index(me.process), me.index)
 
     def _connect(self, process: str, index: int) -> "zmq.Socket[bytes]":
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)

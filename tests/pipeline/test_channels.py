@@ -287,6 +287,7 @@ def test_a_list_of_messages_ends_where_an_incarnation_does(speak: Speak) -> None
     raw.heard_of(("scheduler", 0), 1)
     raw.send("scheduler", Cancel(9))
     raw._incarnation = Incarnation("gpu_worker", number=3)  # over the same socket, so in order
+    raw._envelopes.clear()
     raw.send("scheduler", Cancel(10))
     messages = [scheduler.receive()]
     while not any(Cancel(10) in batch for batch in messages):
@@ -327,6 +328,7 @@ def test_a_list_of_a_watched_inbox_ends_there_too(speak: Speak, tmp_path: Path) 
         said.heard_of(("scheduler", 0), 1)
         said.send("scheduler", Cancel(1))
         said._incarnation = Incarnation("gpu_worker", number=3)
+        said._envelopes.clear()
         said.send("scheduler", Cancel(2))
 
         def on_message(message: Message) -> None:
