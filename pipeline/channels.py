@@ -105,7 +105,7 @@ class Inbox(Generic[M]):
         while len(messages) < MAX_RECEIVED:
             received, self._next = self._next, None
             if received is None:
-                if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:  # cheaper than zmq.Again
+                if not int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than zmq.Again
                     break
                 received = self._socket.recv(zmq.NOBLOCK)
             body = self._body(received)
