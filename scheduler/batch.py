@@ -133,9 +133,10 @@ class Batch:
 
     def _may_decode(self, sequence: Sequence, plan: StepPlan, preempted: list[Sequence]) -> bool:
         """A closer look at one that has come to where it may go on without."""
-        if not sequence.prefill_end <= sequence.fed < sequence.last_fed:
+        fed = sequence.fed
+        if not sequence.prefill_end <= fed < sequence.last_fed:
             return False
-        if sequence.fed == sequence.capacity and not self._grow(sequence, plan, preempted):
+        if fed == sequence.capacity and not self._grow(sequence, plan, preempted):
             return False
         sequence.decodes_to = min(sequence.capacity, sequence.last_fed)
         return True

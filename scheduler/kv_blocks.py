@@ -76,7 +76,8 @@ class KvBlocks:
         if missing + reserve > self.available:
             self._let_go(path)
             return None
-        blocks += [self._take() for _ in range(missing)]
+        free = self._free
+        blocks += [free.pop() if free else self._evict() for _ in range(missing)]
         return PageTable(blocks, path)
 
     def cached_tokens(self, table: PageTable) -> int:
@@ -85,9 +86,12 @@ class KvBlocks:
 
     def extend(self, table: PageTable) -> int | None:
         """Give the table one more block; None if there is none."""
-        if not self._free and not self._idle:
+        if self._free:
+            block = self._free.pop()
+        elif self._idle:
+            block = self._evict()
+        else:
             return None
-        block = self._take()
         table.blocks.append(block)
         return block
 
@@ -154,9 +158,7 @@ class KvBlocks:
                 idle[node] = None
         self._used_less(path[0])
 
-    def _take(self) -> int:
-        if self._free:
-            return self._free.pop()
+    def _evict(self) -> int:
         node, _ = self._idle.popitem(last=False)
         edge = self._edge_to[node]
         del self._node_at[edge]
