@@ -46,6 +46,7 @@ def write_scene(folder: Path, adapters: Sequence[str]) -> dict[str, Any]:
         "model_folder": model,
         "adapter_root": root,
         "load_format": "dummy",
+        "device": "cpu",
         "dtype": "float32",
         "arena_bytes": 64 << 20,
         "gpu_threads": 1,

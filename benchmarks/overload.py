@@ -2,23 +2,27 @@
 
     python -m benchmarks.overload [--seconds 60] [--factor 10] [--leaks 10000] [--json FILE]
 
-A tiny model on the CPU behind all processes of a node, and clients in the same cores. First the
-sustainable rate is measured, with as many clients as rows, each of which asks again when it is
-answered. Then requests come at that rate (the run at the limit), at `factor` times it, and again at
-half of it, from the moment at which the overload ends: the time until nobody is refused and the
-queue is empty. Last come --leaks requests, of which a third leave at a random moment; blocks, rows,
-file descriptors and memory are compared with those of the idle server before. Memory is that of all
+A tiny model on the CPU behind all processes of a node, and clients in a process for each four cores
+of the same machine: on two cores they take from the server what they need. First the sustainable
+rate is measured, with as many clients as rows, each of which asks again when it is answered. Then
+requests come at that rate (the run at the limit), at `factor` times it, and again at half of it,
+from the moment at which the overload ends: the time until nobody is refused and the queue is empty.
+Last come --leaks requests, of which a third leave at a random moment; blocks, rows, file
+descriptors and memory are compared with those of the idle server before. Memory is that of all
 processes, without what is shared.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import Executor, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +35,15 @@ ROWS, PLACES = 16, 20  # that run, and that are admitted
 TOKENS = 64
 ADAPTERS = tuple(f"good-{number}" for number in range(4))
 CLIENTS = 18  # that ask at once in the leak test: none is refused
+CLIENT_PROCESSES = max(1, len(os.sched_getaffinity(0)) // 4)
 MOST = 400  # clients of ours that wait at once; what would be more is not sent, and counted
 
 
 class Bench:
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, clients: Executor) -> None:
         self._node = node
+        self._clients = clients
         self._random = random.Random(0)
-        self._sent = 0
 
     async def sustainable(self, seconds: float) -> float:
         """Requests per second that as many clients as there are rows are answered."""
@@ -55,33 +60,28 @@ class Bench:
 
     async def offer(self, rate: float, seconds: float) -> dict[str, Any]:
         """Requests come at this rate whatever becomes of them."""
-        outcomes, unsent, peak = list[Outcome](), 0, 0
-        running = set[asyncio.Task[Outcome]]()
-        started = at = time.monotonic()
-        look_at = started
-        while at < started + seconds:
-            at += self._random.expovariate(rate)
-            await asyncio.sleep(max(0.0, at - time.monotonic()))
-            if len(running) < MOST:
-                task = asyncio.create_task(self._one())
-                running.add(task)
-                task.add_done_callback(running.discard)
-                task.add_done_callback(lambda done: outcomes.append(done.result()))
-            else:
-                unsent += 1
-            if time.monotonic() > look_at:
-                look_at += 1.0
-                peak = max(peak, sum(self._node.memory().values()))
-        took = time.monotonic() - started
-        await asyncio.gather(*running)
+        clients, peak = self._clients, 0
+        loop = asyncio.get_running_loop()
+        parts = [
+            loop.run_in_executor(
+                clients, offer, self._node.port, rate / CLIENT_PROCESSES, seconds, seed
+            )
+            for seed in range(CLIENT_PROCESSES)
+        ]
+        offered = asyncio.gather(*parts)
+        while not offered.done():
+            peak = max(peak, sum((await asyncio.to_thread(self._node.memory)).values()))
+            await asyncio.wait([offered], timeout=1.0)
+        outcomes = [one for outcomes, _ in offered.result() for one in outcomes]
+        unsent = sum(unsent for _, unsent in offered.result())
         admitted = sorted(one.seconds for one in outcomes if one.status == 200)
         refused = [one for one in outcomes if one.status == 429]
         return {
             "rate": rate,
-            "offered_per_second": (len(outcomes) + unsent) / took,
+            "offered_per_second": (len(outcomes) + unsent) / seconds,
             "unsent": unsent,
             "statuses": Counter(str(one.status) for one in outcomes),
-            "admitted_per_second": len(admitted) / took,
+            "admitted_per_second": len(admitted) / seconds,
             "p50_seconds": quantile(admitted, 0.5),
             "p99_seconds": quantile(admitted, 0.99),
             "refused_with_retry_after": sum(one.tells_to_retry for one in refused),
@@ -127,19 +127,49 @@ class Bench:
         return statuses
 
     async def _one(self, leave_after: float | None = None) -> Outcome:
-        self._sent += 1
-        body = {
-            "model": self._random.choice(("", *ADAPTERS)),
-            "prompt": words(self._sent, 16),
-            "max_tokens": TOKENS,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        return await ask(self._node.port, "/v1/completions", body, leave_after=leave_after)
+        return await one(self._node.port, self._random, leave_after)
 
 
-async def measure(node: Node, seconds: float, factor: float, leaks: int) -> dict[str, Any]:
-    bench = Bench(node)
+async def one(port: int, throws: random.Random, leave_after: float | None = None) -> Outcome:
+    body = {
+        "model": throws.choice(("", *ADAPTERS)),
+        "prompt": words(throws.randrange(1 << 30), 16),
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    return await ask(port, "/v1/completions", body, leave_after=leave_after)
+
+
+def offer(port: int, rate: float, seconds: float, seed: int) -> tuple[list[Outcome], int]:
+    """What becomes of requests that come at this rate, and how many were not sent at all. In a
+    process of its own."""
+    return asyncio.run(_offer(port, rate, seconds, random.Random(seed)))
+
+
+async def _offer(
+    port: int, rate: float, seconds: float, throws: random.Random
+) -> tuple[list[Outcome], int]:
+    outcomes, unsent = list[Outcome](), 0
+    running = set[asyncio.Task[Outcome]]()
+    started = at = time.monotonic()
+    while (at := at + throws.expovariate(rate)) < started + seconds:
+        await asyncio.sleep(max(0.0, at - time.monotonic()))
+        if len(running) < MOST:
+            task = asyncio.create_task(one(port, throws))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            task.add_done_callback(lambda done: outcomes.append(done.result()))
+        else:
+            unsent += 1
+    await asyncio.gather(*running)
+    return outcomes, unsent
+
+
+async def measure(
+    node: Node, clients: Executor, seconds: float, factor: float, leaks: int
+) -> dict[str, Any]:
+    bench = Bench(node, clients)
     await bench.sustainable(3)
     rate = await bench.sustainable(min(10.0, seconds))
     result: dict[str, Any] = {"sustainable_per_second": rate}
@@ -173,9 +203,10 @@ def main() -> None:
         }
         node = Node(folder, settings)
         try:
-            result = asyncio.run(
-                measure(node, arguments.seconds, arguments.factor, arguments.leaks)
-            )
+            with ProcessPoolExecutor(CLIENT_PROCESSES, get_context("spawn")) as clients:
+                result = asyncio.run(
+                    measure(node, clients, arguments.seconds, arguments.factor, arguments.leaks)
+                )
             node.terminate()
             wrong = node.end()
         finally:

@@ -24,7 +24,7 @@ from gpu_worker.forward import EagerForward, Forward
 from gpu_worker.grammars import Grammars
 from gpu_worker.history import History
 from gpu_worker.kernels import LoraKernels
-from gpu_worker.kernels.grouped import Grouped
+from gpu_worker.kernels.grouped import Grouped, stack_bytes
 from gpu_worker.kernels.reference import Reference
 from gpu_worker.kv_cache import KvCache, block_bytes
 from gpu_worker.layers.rotary import Rotary
@@ -228,7 +228,7 @@ def _forward(parts: Parts) -> Forward:
         kv_cache=parts.kv_cache,
         make_ops=make_ops,
         attention=make_sdpa(parts),
-        lora=_lora_kernels(parts.settings.lora_kernels),
+        lora=_lora_kernels(parts),
         adapters=parts.adapters,
         device=parts.device,
     )
@@ -276,8 +276,10 @@ def _grammars(parts: Parts, vocabulary: "Future[LLTokenizer]") -> Grammars:
     )
 
 
-def _lora_kernels(setting: str) -> LoraKernels:
-    return Reference() if setting == "reference" else Grouped()
+def _lora_kernels(parts: Parts) -> LoraKernels:
+    if parts.settings.lora_kernels == "reference":
+        return Reference()
+    return Grouped(stack_bytes=stack_bytes(parts.adapters.nbytes))
 
 
 def _ready(parts: Parts, index: int) -> WorkerReady:

@@ -22,6 +22,12 @@ from gpu_worker.kernels.stacks import MOST_MODULES, Stack, StackCache
 # 11 calls of 10 to 30 us each, at 50e9 to 150e9 multiplications per second.
 SEGMENT_CALLS = 5_000_000
 STACK_BYTES = 256 << 20
+LEAST_STACK_BYTES = 16 << 20
+
+
+def stack_bytes(pool_bytes: int) -> int:
+    """For stacks, beside an adapter pool of this size: half as much."""
+    return max(pool_bytes // 2, LEAST_STACK_BYTES)
 
 
 class Stretch(NamedTuple):

@@ -33,7 +33,7 @@ class StackedGroup(NamedTuple):
 class Stack(NamedTuple):
     """A set of adapters, stacked.
 
-    nbytes         of the stacked matrices
+    nbytes         of the stacked matrices, as they lie in memory
     adapter_bytes  of the adapters themselves
     owners         the different answers to: whose is each rank of a group? As positions in
                    `versions`
@@ -83,10 +83,11 @@ class _Stacking:
             return None
         lora_a = torch.cat(a_parts)
         lora_b: Tensor = torch.block_diag(*b_parts)  # type: ignore[no-untyped-call]
-        self.nbytes += lora_a.nbytes + lora_b.nbytes
         owner = np.concatenate(of_ranks)
         number, _ = self.owners.setdefault(owner.tobytes(), (len(self.owners), owner))
-        return StackedGroup(make_linear(lora_a), make_linear(lora_b), number)
+        stacked = StackedGroup(make_linear(lora_a), make_linear(lora_b), number)
+        self.nbytes += stacked.lora_a.nbytes + stacked.lora_b.nbytes
+        return stacked
 
 
 class StackCache:

@@ -19,6 +19,11 @@ class Linear(Protocol):
         """[tokens, in] -> [tokens, out], the caller's."""
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """What its matrix takes: once packed, small ones take several times what they did."""
+        ...
+
 
 def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
     """The layer of a weight [out, in] and a bias [out]; once packed, it does not hold `weight`."""
@@ -47,6 +52,11 @@ class _PackedLinear:
         y: Tensor = self._linear(x, self._weight, self._bias, "none", [], "")
         return y
 
+    @property
+    def nbytes(self) -> int:
+        """See Linear."""
+        return int(torch.ops.mkldnn._nbytes(self._weight))
+
 
 class PlainLinear:
     """One whose weight lies as it came."""
@@ -58,3 +68,8 @@ class PlainLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """See Linear."""
         return F.linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """See Linear."""
+        return self.weight.nbytes

@@ -19,12 +19,19 @@ from tests.end_to_end.server import Server, eventually
 REQUESTS = int(os.environ.get("LEAK_TEST_REQUESTS", "300"))  # 10000 takes minutes
 ADAPTERS = ("one", "two")
 PLACES = 24
+CACHE_BYTES = 40 << 20  # that a GPU worker on a CPU may still fill: see benchmarks.soak
 GROWN_BYTES = 24 << 20  # of one process; what a request leaves behind would be far more
 
 
 @pytest.fixture(scope="module")
 def server(serve_tiny: Callable[..., Server]) -> Server:
-    return serve_tiny(*ADAPTERS, max_concurrent_requests=PLACES, stats_seconds=0.1, rows=16)
+    return serve_tiny(
+        *ADAPTERS,
+        max_concurrent_requests=PLACES,
+        stats_seconds=0.1,
+        rows=16,
+        adapter_pool_bytes=8 << 20,
+    )
 
 
 def body(number: int, tokens: int, **changes: Any) -> dict[str, Any]:
@@ -88,8 +95,8 @@ def test_nothing_is_left_of_clients_that_leave(server: Server) -> None:
     assert {one.status for one in outcomes} <= {200, LEFT, 429}
     assert sum(one.status == LEFT for one in outcomes) > REQUESTS / 10
     for name, (nbytes, files) in after.items():
-        if name != "gpu_worker":  # see benchmarks.soak
-            assert nbytes <= before[name][0] + GROWN_BYTES, name
+        most = GROWN_BYTES + (CACHE_BYTES if name == "gpu_worker" else 0)
+        assert nbytes <= before[name][0] + most, name
         assert files <= before[name][1] + 2, name
 
 
