@@ -1,18 +1,19 @@
 """A server under everything at once, for long: does anything leak, hang, or answer otherwise?
 
-    python -m benchmarks.soak [--seconds 1200] [--clients 48] [--seed 0] [--out FILE.svg]
+    python -m benchmarks.soak [--seconds 1200] [--clients 48] [--seed 0] [--no-kills]
+        [--out FILE.svg]
 
 A tiny model on the CPU behind all processes of a node. Clients ask at random, over all routes that
 generate or embed: the base model and adapters that are good, bad, or come from a server that
 stalls; streamed and not; greedy and sampled; with deadlines; a third of them leave in the middle.
-Beside them bad input, and administrators who load, unload, pin and unpin. The run is in phases of
-five minutes at most. Each begins with a new server, which is asked the greedy requests in quiet;
+Beside them bad input, and administrators who load, unload, pin and unpin. The run is in two phases,
+or as many as are of five minutes. In every second one GPU worker, tokenizer worker and adapter
+loader are killed now and then. Each phase begins with a new server, which is asked the greedy requests in quiet;
 it ends with all load gone, when every tier has to be empty, and with SIGTERM while 64 streams run.
 
 Fails if a greedy reply is not that of the quiet run, a request has not exactly one end or an
 unexpected status, something is held when nobody asks, memory or file descriptors grow from one idle
-state to a later one, or the drain loses a stream. With --kills GPU worker, tokenizer worker and
-adapter loader are killed now and then.
+state to a later one of the same processes, or the drain loses a stream.
 """
 
 import argparse
@@ -314,10 +315,10 @@ def main(say: Callable[[str], object] = print) -> None:
     parser.add_argument("--seconds", type=float, default=1200.0)
     parser.add_argument("--clients", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--kills", action="store_true", help="kill processes, which must come back")
+    parser.add_argument("--no-kills", action="store_true", help="in no phase")
     parser.add_argument("--out", type=Path, help="an SVG; a JSON file comes beside it")
     arguments = parser.parse_args()
-    phases = max(1, round(arguments.seconds / PHASE_SECONDS))
+    phases = max(2, round(arguments.seconds / PHASE_SECONDS))
     counts, samples, wrong = Counter[str](), list[dict[str, float]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="loradex-") as name, stalling_server() as origin:
         folder = Path(name)
@@ -335,10 +336,9 @@ def main(say: Callable[[str], object] = print) -> None:
         spoil(folder / "adapters")
         for phase in range(phases):
             soak = Soak(folder, settings, arguments.seed + phase, origin)
+            kills = phase % 2 == 1 and not arguments.no_kills
             try:
-                asyncio.run(
-                    soak.run(arguments.seconds / phases, arguments.clients, arguments.kills)
-                )
+                asyncio.run(soak.run(arguments.seconds / phases, arguments.clients, kills))
             except BaseException:
                 say("\n".join(soak.last_lines()))
                 raise
