@@ -199,6 +199,7 @@ def main() -> None:
             **write_scene(folder, ADAPTERS),
             "rows": ROWS,
             "max_concurrent_requests": PLACES,
+            "adapter_pool_bytes": 16 << 20,
             "cache": folder / "cache",
         }
         node = Node(folder, settings)

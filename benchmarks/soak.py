@@ -8,8 +8,9 @@ generate or embed: the base model and adapters that are good, bad, or come from 
 stalls; streamed and not; greedy and sampled; with deadlines; a third of them leave in the middle.
 Beside them bad input, and administrators who load, unload, pin and unpin. The run is in two phases,
 or as many as are of five minutes. In every second one GPU worker, tokenizer worker and adapter
-loader are killed now and then. Each phase begins with a new server, which is asked the greedy requests in quiet;
-it ends with all load gone, when every tier has to be empty, and with SIGTERM while 64 streams run.
+loader are killed now and then. Each phase begins with a new server, which is asked the greedy
+requests in quiet; it ends with all load gone, when every tier has to be empty, and with SIGTERM
+while 64 streams run.
 
 Fails if a greedy reply is not that of the quiet run, a request has not exactly one end or an
 unexpected status, something is held when nobody asks, memory or file descriptors grow from one idle

@@ -6,8 +6,9 @@ that has not been waiting is lifted to the least of those that are, so that idle
 credit. Who was preempted goes before everybody, and is not charged for that.
 
 The queues of a tenant, one for each adapter that its requests want and one for none, stand in a
-line and take turns of ROW_TOKENS for each row: the deficit round robin of Shreedhar and Varghese
-(SIGCOMM 1995). Who starts to wait comes last. The first in line begins its turn and goes to the end
+line and take turns of ROW_TOKENS for each row that the waiting requests of the tenant could take:
+the deficit round robin of Shreedhar and Varghese (SIGCOMM 1995), with turns that are no longer than
+what waits, so that newcomers put off nobody for long. Who starts to wait comes last. The first in line begins its turn and goes to the end
 of the line; it is served before the line until the tokens of its turn are used up, or nobody is
 left that waits or runs. What it takes beyond is taken off its next one. Each distinct adapter in a
 step costs time that everybody pays, and a turn lets those that wait for the same one run together.
@@ -117,7 +118,7 @@ class FairShare:
     def __init__(
         self, *, max_overtaking_seconds: float, max_tenant_running: int, rows: int
     ) -> None:
-        self.turn_tokens = ROW_TOKENS * rows
+        self._rows = rows
         self._max_overtaking_seconds = max_overtaking_seconds
         self._max_tenant_running = max_tenant_running or math.inf
         self._tenants: dict[str, Tenant] = {}
@@ -331,19 +332,24 @@ class FairShare:
         line = tenant.line
         if tenant is self._resumed:
             return min(line, key=_queue_turn)
-        first = next((queue for queue in line if queue.left > -self.turn_tokens), None)
+        turn_tokens = self._turn_tokens(tenant)
+        first = next((queue for queue in line if queue.left > -turn_tokens), None)
         return max(line, key=_by_left) if first is None else first
 
     def _begin_turn(self, queue: Queue) -> None:
         """It goes to the end of the line, behind those that this turn of theirs is taken from."""
         line = queue.tenant.line
+        turn_tokens = self._turn_tokens(queue.tenant)
         before = line[: line.index(queue)]
-        for one in [*(one for one in before if one.left <= -self.turn_tokens), queue]:
-            one.left = min(one.left, 0.0) + self.turn_tokens
+        for one in [*(one for one in before if one.left <= -turn_tokens), queue]:
+            one.left = min(one.left, 0.0) + turn_tokens
             line.remove(one)
             line.append(one)
             one.place = self._last_place()
         queue.tenant.turns[queue] = None
+
+    def _turn_tokens(self, tenant: Tenant) -> float:
+        return ROW_TOKENS * min(self._rows, self._waiting[tenant])
 
     def _last_place(self) -> int:
         self._places += 1

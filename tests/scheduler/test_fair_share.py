@@ -65,7 +65,7 @@ def test_the_adapters_of_a_tenant_share_what_it_gets() -> None:
 def test_a_queue_whose_adapter_runs_goes_first_until_its_turn_is_used_up() -> None:
     world = fair_world(rows=2, kv_blocks=4096)
     name_of = {}
-    reply = int(world.fair_share.turn_tokens / OUTPUT_COST / 4)
+    reply = int(2 * ROW_TOKENS / OUTPUT_COST / 4)
     for number, adapter in enumerate(("a",) * 12 + ("b",)):
         max_tokens = reply if number else reply // 2  # so that the two rows do not end together
         name_of[world.submit([1], max_tokens=max_tokens, adapter=adapter)] = adapter
