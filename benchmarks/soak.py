@@ -333,6 +333,8 @@ def main(say: Callable[[str], object] = print) -> None:
             "adapter_pool_bytes": 2 << 20,  # not all adapters fit
             "kv_cache_bytes": 8 << 20,  # some are preempted
             "max_concurrent_requests": 80,
+            "restart_limit": 100_000,  # what is killed all the time comes back at once
+            "restart_backoff_seconds": 0,
         }
         spoil(folder / "adapters")
         for phase in range(phases):

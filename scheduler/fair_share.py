@@ -6,12 +6,13 @@ that has not been waiting is lifted to the least of those that are, so that idle
 credit. Who was preempted goes before everybody, and is not charged for that.
 
 The queues of a tenant, one for each adapter that its requests want and one for none, stand in a
-line and take turns of ROW_TOKENS for each row that the waiting requests of the tenant could take:
-the deficit round robin of Shreedhar and Varghese (SIGCOMM 1995), with turns that are no longer than
-what waits, so that newcomers put off nobody for long. Who starts to wait comes last. The first in line begins its turn and goes to the end
-of the line; it is served before the line until the tokens of its turn are used up, or nobody is
-left that waits or runs. What it takes beyond is taken off its next one. Each distinct adapter in a
-step costs time that everybody pays, and a turn lets those that wait for the same one run together.
+line and take turns: the deficit round robin of Shreedhar and Varghese (SIGCOMM 1995). Who starts to
+wait comes last. The first in line begins its turn and goes to the end of the line; it is served
+before the line until the tokens of its turn are used up, or nobody is left that waits or runs. What
+it takes beyond is taken off its next one. Each distinct adapter in a step costs time that everybody
+pays, and a turn lets those that wait for the same one run together. A turn has ROW_TOKENS for each
+row if as many of the tenant wait, and less if fewer do: else newcomers would put off the few that
+wait for longer than what they wait for takes.
 
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
@@ -349,7 +350,9 @@ class FairShare:
         queue.tenant.turns[queue] = None
 
     def _turn_tokens(self, tenant: Tenant) -> float:
-        return ROW_TOKENS * min(self._rows, self._waiting[tenant])
+        """The geometric mean of what rows and requests that wait would have: measured in
+        docs/scheduling.md."""
+        return ROW_TOKENS * math.sqrt(self._rows * min(self._rows, self._waiting[tenant]))
 
     def _last_place(self) -> int:
         self._places += 1
