@@ -11,8 +11,8 @@ wait comes last. The first in line begins its turn and goes to the end of the li
 before the line until the tokens of its turn are used up, or nobody is left that waits or runs. What
 it takes beyond is taken off its next one. Each distinct adapter in a step costs time that everybody
 pays, and a turn lets those that wait for the same one run together. A turn has ROW_TOKENS for each
-row if as many of the tenant wait, and less if fewer do: else newcomers would put off the few that
-wait for longer than what they wait for takes.
+row, but no more than WAITING_TOKENS for each request of the tenant that waits: newcomers may put
+off the few that wait, but not for longer than their number would.
 
 A queue whose adapter has no room in the device's pool is passed by those behind it, but not for
 ever: from `max_overtaking_seconds` after it was first passed nobody starts out of turn before it,
@@ -33,6 +33,7 @@ from scheduler.sequence import Sequence
 INPUT_COST = 1.0  # per prompt token that is computed
 OUTPUT_COST = 2.0  # per produced token; both as in the paper
 ROW_TOKENS = 64.0  # of a turn, so weighted; for 256 rows 20 requests of 260 and 260 tokens
+WAITING_TOKENS = 96.0  # of a turn at most; an eighth of such a request
 FEW_COUNTERS = 1024  # as many are kept without a look at which of them are idle
 
 
@@ -350,9 +351,7 @@ class FairShare:
         queue.tenant.turns[queue] = None
 
     def _turn_tokens(self, tenant: Tenant) -> float:
-        """The geometric mean of what rows and requests that wait would have: measured in
-        docs/scheduling.md."""
-        return ROW_TOKENS * math.sqrt(self._rows * min(self._rows, self._waiting[tenant]))
+        return min(ROW_TOKENS * self._rows, WAITING_TOKENS * self._waiting[tenant])
 
     def _last_place(self) -> int:
         self._places += 1
