@@ -199,7 +199,8 @@ def main() -> None:
             **write_scene(folder, ADAPTERS),
             "rows": ROWS,
             "max_concurrent_requests": PLACES,
-            "adapter_pool_bytes": 16 << 20,
+            "adapter_pool_bytes": 16 << 20,  # small, as the next: pages count when they are touched
+            "kv_cache_bytes": 16 << 20,
             "cache": folder / "cache",
         }
         node = Node(folder, settings)

@@ -30,7 +30,9 @@ def server(serve_tiny: Callable[..., Server]) -> Server:
         max_concurrent_requests=PLACES,
         stats_seconds=0.1,
         rows=16,
+        # small: pages of both count when they are touched for the first time
         adapter_pool_bytes=8 << 20,
+        kv_cache_bytes=8 << 20,
     )
 
 
@@ -88,7 +90,7 @@ def test_nothing_is_left_of_clients_that_leave(server: Server) -> None:
         pids = {name: server.pid(name) for name in PROCESSES}
         return {name: (anonymous(pid), open_files(pid)) for name, pid in pids.items()}
 
-    asyncio.run(run(100))  # so that all code has run
+    asyncio.run(run(max(100, REQUESTS // 5)))  # so that all code has run, and caches are filled
     before = held()
     outcomes = asyncio.run(run(REQUESTS))
     after = held()
