@@ -31,7 +31,7 @@ from adapter_loader.text_questions import StartTexts, TextQuestions
 from adapter_loader.texts import Texts
 from adapter_loader.traces import LoadTraces
 from adapter_loader.workers import Workers
-from pipeline.arena import arena_path, create
+from pipeline.arena import arena_path, create, remove_arena
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import Settings
 from pipeline.errors import ConfigError
@@ -348,7 +348,7 @@ def main(settings: Settings, incarnation: Incarnation) -> None:
         loader.announce()
         gc.freeze()  # else each full collection looks at all of torch, with the lock of all threads
         loader.run()
-        path.unlink()  # one that dies leaves it to its successor
+        remove_arena(folder)  # one that dies leaves it to its successor
     finally:
         inbox.close()
         outbox.close()

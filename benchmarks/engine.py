@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from pipeline.arena import arena_path
+from pipeline.arena import remove_arena
 from pipeline.channels import Inbox, Outbox
 from pipeline.config import PREFIX, Settings, to_environment
 from pipeline.incarnation import Incarnation
@@ -317,7 +317,7 @@ class Engine:
             outbox.close(0)
         self._tokens.close()
         self._frontend.close()
-        arena_path(self.settings.run_folder()).unlink(missing_ok=True)
+        remove_arena(self.settings.run_folder())
 
 
 def start_process(name: str, settings: Settings, log: Path) -> subprocess.Popen[bytes]:

@@ -29,7 +29,7 @@ import msgspec
 
 from benchmarks.load_client import Load
 from benchmarks.machine import commit, machine
-from pipeline.arena import arena_path
+from pipeline.arena import remove_arena
 from pipeline.config import PREFIX, Settings, to_environment
 from pipeline.model_folder import model_folder
 
@@ -52,7 +52,7 @@ class Pipeline:
         self, settings: Settings, modules: Mapping[str, Sequence[str]], logs: Path
     ) -> None:
         self._logs = logs
-        self._arena = arena_path(settings.run_folder())
+        self._run_folder = settings.run_folder()
         others = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
         environment = {**others, **to_environment(settings), "LORADEX_CONFIG": os.devnull}
         self._processes: dict[str, subprocess.Popen[str]] = {}
@@ -91,7 +91,7 @@ class Pipeline:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        self._arena.unlink(missing_ok=True)
+        remove_arena(self._run_folder)
 
 
 def cpu_seconds(pid: int) -> float:

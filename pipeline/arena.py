@@ -5,22 +5,44 @@ use which extent until when is settled by messages, never by what lies in the fi
 has died leaves it to its successor, since the worker has it mapped, and perhaps pinned.
 """
 
-import hashlib
 import mmap
 import os
+import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
 ALIGNMENT = 4096  # bytes; extents start on page borders
+LINK = "arena"  # in the run folder, which is its owner's alone
 
 
 def arena_path(run_dir: Path) -> Path:
-    """Where the arena of this run folder lies; the same for every process and every start."""
-    digest = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
-    return SHARED_MEMORY / f"loradex-{digest}"
+    """Where the arena of this run folder lies: the same for every process and every start, until
+    it is removed. Nobody else can guess its name, and have a file there first."""
+    while (path := known_arena(run_dir)) is None:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # another process was faster
+            (run_dir / LINK).symlink_to(SHARED_MEMORY / f"loradex-{secrets.token_hex(16)}")
+    return path
+
+
+def known_arena(run_dir: Path) -> Path | None:
+    """Where it lies, or is going to; None if it has no name yet."""
+    try:
+        return (run_dir / LINK).readlink()
+    except FileNotFoundError:
+        return None
+
+
+def remove_arena(run_dir: Path) -> None:
+    """It and its name, if there is one; to be called when no process uses it any more."""
+    path = known_arena(run_dir)
+    if path is not None:
+        path.unlink(missing_ok=True)
+        (run_dir / LINK).unlink(missing_ok=True)
 
 
 def create(path: Path, nbytes: int) -> mmap.mmap:

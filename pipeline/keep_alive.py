@@ -29,7 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from pipeline.arena import arena_path
+from pipeline.arena import remove_arena
 from pipeline.channels import PROCESSES, Outbox, remove_inbox
 from pipeline.config import Settings, load_settings
 from pipeline.errors import ConfigError
@@ -280,7 +280,7 @@ def main() -> None:
     set_up_logs(process, settings.log_level, settings.log_format)
     status = keep_alive(process, [sys.executable, "-m", process], settings)
     if process == "adapter_loader":  # one that dies leaves the arena to its successor
-        arena_path(settings.run_folder()).unlink(missing_ok=True)
+        remove_arena(settings.run_folder())
     sys.exit(status)
 
 

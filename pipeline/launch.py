@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.arena import SHARED_MEMORY, arena_path
+from pipeline.arena import SHARED_MEMORY, known_arena
 from pipeline.config import FIELDS, PREFIX, Settings, load_settings, to_environment
 from pipeline.errors import ConfigError
 from pipeline.model_config import read_model_config
@@ -81,8 +81,8 @@ def _check_port(settings: Settings) -> None:
 
 
 def _check_shared_memory(settings: Settings) -> None:
-    stale = arena_path(run_folder(settings))
-    reclaimed = stale.stat().st_blocks * 512 if stale.exists() else 0
+    stale = known_arena(run_folder(settings))
+    reclaimed = stale.stat().st_blocks * 512 if stale is not None and stale.exists() else 0
     room = shutil.disk_usage(SHARED_MEMORY).free + reclaimed
     if room < settings.arena_bytes:
         raise ConfigError(

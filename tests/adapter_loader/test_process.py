@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from adapter_loader.checkpoint import BaseModel
-from pipeline.arena import arena_path, attach
+from pipeline.arena import arena_path, attach, known_arena
 from pipeline.channels import Inbox, Outbox
 from pipeline.incarnation import Incarnation
 from pipeline.messages import (
@@ -286,8 +286,10 @@ def test_a_silent_hub_holds_up_neither_local_adapters_nor_the_end(
             failed = running.receive(AdapterFailed)
             assert failed.failure.status == 503
             assert "within 2 seconds" in failed.failure.message
+        arena = arena_path(running.run_dir)
+        assert arena.exists()
         assert running.shut_down() == 0
-    assert not arena_path(running.run_dir).exists()
+    assert not arena.exists()
     left = sorted(path.name for path in running.run_dir.iterdir())
     assert left == ["frontend.0.sock", "scheduler.0.sock", "tokenizer_workers.0.sock"]
     assert "Traceback" not in running.log.read_text()
@@ -333,4 +335,4 @@ def test_a_setting_that_cannot_be_met_ends_it_with_a_sentence(
     running = start(tmp_path, model_folder=tmp_path / "nothing")
     assert running.process.wait(WAIT_SECONDS) == 2
     assert "loradex: model_id: cannot read" in running.log.read_text()
-    assert not arena_path(running.run_dir).exists()
+    assert known_arena(running.run_dir) is None

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from pipeline.arena import arena_path
+from pipeline.arena import known_arena
 
 START_SECONDS = 120
 
@@ -32,6 +32,7 @@ class Server:
         for name, value in {"arena_bytes": 256 << 20, **settings}.items():
             for one in value if isinstance(value, list | tuple) else [value]:
                 flags.append(f"--{name.replace('_', '-')}={one}")
+        self._arenas: set[Path] = set()
         self.lines: list[str] = []
         self.ready = threading.Event()
         self._process = subprocess.Popen(
@@ -56,6 +57,9 @@ class Server:
     def wait_until_ready(self) -> "Server":
         assert self.ready.wait(START_SECONDS), self.output()
         assert self._process.poll() is None, self.output()
+        arena = known_arena(self.run_dir)
+        assert arena is not None
+        self._arenas.add(arena)
         return self
 
     def output(self) -> str:
@@ -108,8 +112,7 @@ class Server:
     def leftovers(self) -> list[Path]:
         """What lies in shared memory or the run folder that is this server's."""
         left = list(self.run_dir.glob("*")) if self.run_dir.exists() else []
-        arena = arena_path(self.run_dir)
-        return left + [arena] * arena.exists()
+        return left + [path for path in self._arenas if path.exists()]
 
     def generate(self, inputs: str, adapter: str | None = None, **parameters: Any) -> Any:
         """The tokens of LoRAX's /generate. Greedy unless the parameters say otherwise."""

@@ -139,7 +139,7 @@ def test_no_process_dumps_a_core(place: Place) -> None:
 def test_what_is_written_is_for_the_servers_user_alone(place: Place) -> None:
     written = [place.folder / "run", *(place.folder / "run").rglob("*")]
     assert sum(path.is_socket() for path in written) >= 5
-    for path in written:
+    for path in (path for path in written if not path.is_symlink()):
         assert not path.lstat().st_mode & PRIVATE, path
     assert stat.S_IMODE((place.folder / "run").stat().st_mode) == 0o700
     arena = arena_path(place.server.run_dir).stat()

@@ -1,21 +1,28 @@
 """The host arena: one file of shared memory, allocated in full."""
 
 import stat
-import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from pipeline.arena import SHARED_MEMORY, arena_path, attach, create
+from pipeline.arena import (
+    SHARED_MEMORY,
+    arena_path,
+    attach,
+    create,
+    known_arena,
+    remove_arena,
+)
 from pipeline.errors import ConfigError
 
 NBYTES = 1 << 20
 
 
 @pytest.fixture
-def path() -> Iterator[Path]:
-    path = arena_path(Path(uuid.uuid4().hex))
+def path(tmp_path: Path) -> Iterator[Path]:
+    path = arena_path(tmp_path / "run")
     yield path
     path.unlink(missing_ok=True)
 
@@ -57,6 +64,26 @@ def test_each_run_folder_has_its_own_arena_and_always_the_same(tmp_path: Path) -
     assert first != second
     assert first == arena_path(tmp_path / "b" / ".." / "a")
     assert first.parent == SHARED_MEMORY
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_name_is_not_given_again(tmp_path: Path) -> None:
+    """Nor can it be told from the folder's."""
+    run_dir = tmp_path / "run"
+    names = set()
+    for _ in range(2):
+        names.add(arena_path(run_dir))
+        with create(arena_path(run_dir), NBYTES):
+            remove_arena(run_dir)
+        assert known_arena(run_dir) is None
+    assert len(names) == 2
+    assert not any(path.exists() for path in names)
+    remove_arena(run_dir)
+
+
+def test_processes_that_ask_at_once_are_told_the_same(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        assert len(set(threads.map(arena_path, [tmp_path / "run"] * 64))) == 1
 
 
 def test_a_successor_takes_over_the_arena_of_a_dead_loader(path: Path) -> None:
