@@ -32,7 +32,7 @@ from benchmarks.node import IDLE, Node, words, write_scene
 from benchmarks.soak import quantile
 
 ROWS, PLACES = 16, 20  # that run, and that are admitted
-TOKENS = 64
+TOKENS = (32, 96)  # of a reply, each number as often; of one length, rows would end in step
 ADAPTERS = tuple(f"good-{number}" for number in range(4))
 CLIENTS = 18  # that ask at once in the leak test: none is refused
 CLIENT_PROCESSES = max(1, len(os.sched_getaffinity(0)) // 4)
@@ -134,7 +134,7 @@ async def one(port: int, throws: random.Random, leave_after: float | None = None
     body = {
         "model": throws.choice(("", *ADAPTERS)),
         "prompt": words(throws.randrange(1 << 30), 16),
-        "max_tokens": TOKENS,
+        "max_tokens": throws.randint(*TOKENS),
         "ignore_eos": True,
         "stream": True,
     }
