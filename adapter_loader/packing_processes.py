@@ -30,12 +30,11 @@ from adapter_loader.loading import AnyPlan, fill
 from adapter_loader.workers import give_way
 from pipeline.arena import attach
 from pipeline.errors import RequestError
+from pipeline.framing import receive, send
 from pipeline.metrics import REGISTRY
 from pipeline.parent import die_with_parent
 
-MAX_FILES = 253  # descriptors that one message of a socket can carry, SCM_MAX_FD
 MOST_PROCESSES = 8  # unless a setting says otherwise
-_HEAD_BYTES = 8
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class Nursery:
         ours, theirs = socket.socketpair()
         with theirs, self._lock:
             try:
-                _send(self._control, _encode((str(arena), nbytes)), [theirs.fileno()])
+                send(self._control, _encode((str(arena), nbytes)), [theirs.fileno()])
             except OSError:
                 log.critical("event=nursery_died")
                 os._exit(1)
@@ -128,8 +127,8 @@ class PackingProcesses:
         """
         peer = self._idle.get()
         try:
-            _send(peer, _encode(_Job(plan, offset, plan.placed.nbytes)), weights)
-            result = _result_decoder.decode(_receive(peer)[0])
+            send(peer, _encode(_Job(plan, offset, plan.placed.nbytes)), weights)
+            result = _result_decoder.decode(receive(peer)[0])
         except OSError as error:
             DEATHS.inc()
             peer.close()
@@ -161,7 +160,7 @@ def _serve_nursery(control: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries what ends
     with suppress(OSError):
         while True:
-            data, (descriptor,) = _receive(control)
+            data, (descriptor,) = receive(control)
             path, nbytes = msgspec.msgpack.decode(data, type=tuple[str, int])
             with socket.socket(fileno=descriptor) as theirs:
                 _fork(partial(_serve, theirs, Path(path), nbytes), closes=control)
@@ -173,7 +172,7 @@ def _serve(peer: socket.socket, arena: Path, nbytes: int) -> None:
     extents = memoryview(attach(arena, nbytes))
     with suppress(OSError):
         while True:
-            data, files = _receive(peer)
+            data, files = receive(peer)
             try:
                 job = _job_decoder.decode(data)
                 extent = extents[job.offset : job.offset + job.nbytes]
@@ -181,7 +180,7 @@ def _serve(peer: socket.socket, arena: Path, nbytes: int) -> None:
             finally:
                 for file in files:
                     os.close(file)
-            _send(peer, _encode(result))
+            send(peer, _encode(result))
 
 
 def _fill(plan: AnyPlan, weights: Sequence[int], extent: memoryview) -> _Result:
@@ -216,26 +215,3 @@ def _be_child(parent: int, child: Callable[[], None], closes: socket.socket) -> 
         log.exception("event=packing_process_broken")
         os._exit(1)
     os._exit(0)
-
-
-# --- messages, which may be longer than a socket takes at once ---
-
-
-def _send(peer: socket.socket, data: bytes, files: Sequence[int] = ()) -> None:
-    socket.send_fds(peer, [len(data).to_bytes(_HEAD_BYTES, "little")], files)
-    peer.sendall(data)
-
-
-def _receive(peer: socket.socket) -> tuple[bytearray, list[int]]:
-    """A message and the descriptors that came with it. Raises OSError."""
-    head, files, _, _ = socket.recv_fds(peer, _HEAD_BYTES, MAX_FILES, socket.MSG_WAITALL)
-    data = bytearray(int.from_bytes(head, "little"))
-    left = memoryview(data)
-    while head and left:
-        count = peer.recv_into(left)
-        left = left[count:]
-        if not count:
-            break
-    if not head or left:
-        raise ConnectionResetError("the other side has hung up")
-    return data, files

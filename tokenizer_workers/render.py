@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +17,13 @@ from typing import Any
 import msgspec
 
 from pipeline.errors import RequestError
+from pipeline.framing import bodies, send
 from pipeline.messages import ChatOptions, Failure, FailureKind, Tools
 from pipeline.parent import die_with_parent
 from tokenizer_workers.chat_template import RENDER_ERRORS, ChatTemplate, NotATemplate
 from tokenizer_workers.tool_formats import FORMATS, ToolFormat
 from tokenizer_workers.tool_use import ToolUse
 
-LENGTH = struct.Struct("!I")
 MAX_COMPILED = 128  # templates that are kept for the next prompt, while there is memory
 READY = b""
 
@@ -74,7 +73,7 @@ def main(connection: socket.socket, limits: TemplateLimits, seconds: float, nbyt
 
     memory = os.open("/proc/self/statm", os.O_RDONLY)
     plenty = (_address_space(memory) + nbytes) // 2
-    while (body := receive(connection)) is not None:
+    for body in bodies(connection):
         job = decoder.decode(body)
         signal.setitimer(signal.ITIMER_PROF, seconds)
         result = _result(rendered, job)
@@ -117,26 +116,6 @@ def chat_for(
         token_id=lambda text: None,
     )
     return use.chat(job.messages, job.tools)
-
-
-def send(connection: socket.socket, body: bytes) -> None:
-    connection.sendall(LENGTH.pack(len(body)) + body)
-
-
-def receive(connection: socket.socket) -> bytes | None:
-    """None when the other end is closed."""
-    head = _exactly(connection, LENGTH.size)
-    return None if head is None else _exactly(connection, LENGTH.unpack(head)[0])
-
-
-def _exactly(connection: socket.socket, count: int) -> bytes | None:
-    body = bytearray()
-    while len(body) < count:
-        part = connection.recv(min(count - len(body), 1 << 20))
-        if not part:
-            return None
-        body += part
-    return bytes(body)
 
 
 def _failed(sentence: str) -> Result:

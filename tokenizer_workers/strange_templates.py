@@ -18,8 +18,9 @@ import msgspec
 
 from pipeline.channels import Outbox
 from pipeline.config import Settings
+from pipeline.framing import receive, send
 from pipeline.messages import Failure, FailureKind, Rendered
-from tokenizer_workers.render import Job, Result, TemplateLimits, receive, send
+from tokenizer_workers.render import Job, Result, TemplateLimits
 from tokenizer_workers.renderings import ToRender
 from tokenizer_workers.turns import Turns
 
@@ -119,10 +120,10 @@ class Renderer:
         connection.settimeout(self._seconds + SLACK_SECONDS)
         try:
             send(connection, msgspec.msgpack.encode(job))
-            body = receive(connection)
+            body, _ = receive(connection)
         except OSError:  # a TimeoutError too
-            body = None
-        return self._lost() if body is None else self._decoder.decode(body)
+            return self._lost()
+        return self._decoder.decode(body)
 
     def interrupt(self) -> None:
         """From another thread: end what is being rendered."""
@@ -154,8 +155,11 @@ class Renderer:
             )
         self._connection = ours
         ours.settimeout(START_SECONDS)
-        if receive(ours) is None:
-            raise RuntimeError(f"the process for templates ends with {self._child.wait()}")
+        try:
+            receive(ours)
+        except ConnectionResetError:
+            status = self._child.wait()
+            raise RuntimeError(f"the process for templates ends with {status}") from None
         return ours
 
     def _lost(self) -> Result:
