@@ -22,9 +22,10 @@ rests while one of its own tenant is overdue.
 
 import math
 from bisect import insort
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import takewhile
 from operator import attrgetter
+from typing import Any
 
 from pipeline.messages import AdapterKey
 from scheduler.policy import Turn, by_order, discard
@@ -270,7 +271,7 @@ class FairShare:
     def blocked_in_turn(self, most: int) -> list[AdapterKey]:
         found: dict[AdapterKey | None, None] = {}
         for tenant in sorted({**self._unpassed, **self._passed}, key=_tenant_turn):
-            for queue in sorted([*tenant.blocked, *tenant.passed], key=_queue_turn):
+            for queue in sorted([*tenant.blocked, *tenant.passed], key=self._in_line(tenant)):
                 found[queue.key] = None
             if len(found) >= most:
                 break
@@ -284,14 +285,14 @@ class FairShare:
         since = now - self._max_overtaking_seconds
         if self._passed_since > since:
             return None
-        first_passed = {one: next(iter(one.passed)).passed_at for one in self._passed}
-        self._passed_since = min(first_passed.values(), default=math.inf)
-        tenants = self._below_limit([one for one, at in first_passed.items() if at <= since])
+        first_passed = [(next(iter(one.passed)).passed_at, one) for one in self._passed]
+        self._passed_since = min([at for at, _ in first_passed], default=math.inf)
+        tenants = self._below_limit([one for at, one in first_passed if at <= since])
         if not tenants:
             return None
-        passed = min(tenants, key=_tenant_turn).passed
-        overdue = takewhile(lambda queue: queue.passed_at <= since, passed)
-        return min(overdue, key=_queue_turn)
+        tenant = min(tenants, key=_tenant_turn)
+        overdue = takewhile(lambda queue: queue.passed_at <= since, tenant.passed)
+        return min(overdue, key=self._in_line(tenant))
 
     def _note_passed(self, queue: Queue, now: float) -> None:
         """The first of this queue starts, before all blocked queues whose turn comes first."""
@@ -313,6 +314,10 @@ class FairShare:
 
     def _may_run(self, tenant: Tenant) -> bool:
         return tenant.running < self._max_tenant_running
+
+    def _in_line(self, tenant: Tenant) -> Callable[[Queue], Any]:
+        """What to compare its queues by. Places differ, but for those that are not given any."""
+        return _queue_turn if tenant is self._resumed else _by_place
 
     def _below_limit(self, tenants: Collection[Tenant]) -> Collection[Tenant]:
         """Those of them that may run one more; called often, and mostly there is no limit."""
