@@ -488,8 +488,9 @@ class Scheduler:
         dropped = 0
         for sequence, token in zip(sampled, token_ids, strict=True):
             if sequence.ended or token < 0:
-                dropped += sequence.ended
-                if not sequence.ended:
+                if sequence.ended:
+                    dropped += 1
+                else:
                     self._fail(sequence, failures.no_token(token, sequence.adapter), now)
                 continue
             known = sequence.token_ids
