@@ -56,10 +56,6 @@ class AdapterPool:
         self._extents: list[Extent] = []  # by offset
         self.used_bytes = 0
 
-    def holds(self, nbytes: int, *, beside: int = 0) -> bool:
-        """Whether an adapter of this size fits at all, beside so many bytes that are taken."""
-        return nbytes <= self.largest(beside=beside)
-
     def largest(self, *, beside: int) -> int:
         """The size of the largest adapter that fits beside so many bytes that are taken."""
         return (self.nbytes - beside) // ALIGNMENT * ALIGNMENT

@@ -83,8 +83,8 @@ def test_without_enough_room_nothing_is_changed() -> None:
 
 def test_an_adapter_larger_than_the_pool_is_known_as_such() -> None:
     pool = AdapterPool(nbytes=2 * UNIT, slots=8)
-    assert pool.holds(2 * UNIT)
-    assert not pool.holds(2 * UNIT + 1)
+    assert pool.largest(beside=0) == 2 * UNIT
+    assert pool.largest(beside=UNIT + 1) < UNIT
 
 
 def test_free_bytes_that_are_apart_are_brought_together() -> None:
